@@ -1,0 +1,1 @@
+"""Pre-training and fine-tuning of BERT encoders, fast and strict."""

@@ -1,0 +1,1 @@
+"""Text to batches: conversion, MDS shards, streaming, masking, packing."""

@@ -1,0 +1,1 @@
+"""Fine-tuning on all of GLUE: a table of tasks and a queue of jobs."""

@@ -1,0 +1,1 @@
+"""Mosaic BERT, HF BERT, attention and its kernels, checkpoints, export."""
