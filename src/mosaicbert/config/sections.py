@@ -5,16 +5,23 @@ The line under a key is its help, its documentation and its comment at once.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from mosaicbert.duration import Duration
+from mosaicbert.errors import ConfigError
 
 
-def _check_time(text: str | int) -> str:
-    return str(Duration.parse(text, "value"))
+def _check_time(text: Any) -> str:
+    try:
+        return str(Duration.parse(text))
+    except ConfigError:
+        raise ValueError(
+            "a time string: a number and a unit, such as 10ba, 3ep, 286720000sp, 1000000tok, "
+            "0.06dur, 600sec or 1h30m"
+        ) from None
 
 
-TimeString = Annotated[str | int, AfterValidator(_check_time)]
+TimeString = Annotated[str, BeforeValidator(_check_time)]
 """A time string (`10ba`, `3ep`, `0.06dur`); see `mosaicbert.duration`."""
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -252,6 +259,17 @@ class SpeedMonitorConfig(Strict):
     """Peak FLOP/s for MFU. Default: from the table of known devices."""
 
 
+class NoSettings(Strict):
+    """A monitor that is switched on by its name alone: `lr_monitor: {}`."""
+
+
+class RuntimeEstimatorConfig(Strict):
+    """`callbacks.runtime_estimator`."""
+
+    cost_per_hour: float | None = Field(default=None, ge=0)
+    """Price of an hour of all machines together, in any currency."""
+
+
 class OptimizerMonitorConfig(Strict):
     """`callbacks.optimizer_monitor`."""
 
@@ -279,11 +297,11 @@ class CallbacksConfig(Strict):
 
     speed_monitor: SpeedMonitorConfig | None = None
     """Tokens, samples and batches a second, MFU, share of time waiting for data."""
-    lr_monitor: dict[str, Any] | None = None
+    lr_monitor: NoSettings | None = None
     """Learning rates."""
-    memory_monitor: dict[str, Any] | None = None
+    memory_monitor: NoSettings | None = None
     """Memory in use and at its peak."""
-    runtime_estimator: dict[str, Any] | None = None
+    runtime_estimator: RuntimeEstimatorConfig | None = None
     """Time and, with `cost_per_hour`, cost left."""
     optimizer_monitor: OptimizerMonitorConfig | None = None
     """Norms of gradients, weights and moments."""

@@ -1,0 +1,188 @@
+"""From a YAML file and `key=value` overrides to a checked configuration.
+
+OmegaConf reads, merges and resolves `${key}`; pydantic checks. A top-level key that the schema does
+not know is allowed where some `${key}` uses it: it is a variable of the file's own.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from mosaicbert.errors import ConfigError, did_you_mean
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+_REFERENCE = re.compile(r"\$\{\s*([A-Za-z_]\w*)")
+_FREE_FORM = {"model_config", "trainer_kwargs", "loggers"}
+"""Sections whose null values mean something; elsewhere null is 'not given'."""
+
+
+def load_config(
+    schema: type[Schema],
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+) -> Schema:
+    """Read, merge, resolve and check.
+
+    Args:
+        schema: the job's schema, such as `PretrainConfig`.
+        source: a YAML file, or its content as a mapping.
+        overrides: `a.b=c` words that win over the file.
+
+    Raises:
+        ConfigError: the file or a word cannot be read, or a key is unknown or its value wrong.
+    """
+    where = "configuration" if isinstance(source, Mapping) else str(source)
+    raw = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else _read(Path(source))
+    merged = OmegaConf.merge(raw, _dot_list(overrides))
+    used = set(_REFERENCE.findall(yaml.safe_dump(OmegaConf.to_container(merged, resolve=False))))
+    try:
+        values = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{where}: a ${{...}} cannot be resolved: {reason}") from None
+    assert isinstance(values, dict)
+    known = schema.model_fields
+    values = {str(k): v for k, v in values.items() if k in known or k not in used}
+    return check(schema, _without_nulls(values), where)
+
+
+def check(schema: type[Schema], values: Mapping[str, Any], where: str = "configuration") -> Schema:
+    """Check plain values against a schema; a `ConfigError` lists every key that is wrong."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join([f"{where}:", *_faults(schema, error, values)])) from None
+
+
+def dump_config(config: BaseModel) -> str:
+    """The whole configuration as YAML, defaults included, as it can be read again."""
+    values = config.model_dump(mode="json", by_alias=True)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        hint = f" {path.parent}/ has: {', '.join(near)}." if near else ""
+        raise ConfigError(f"There is no configuration file {path}.{hint}")
+    try:
+        content = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{path}{line}: this is not YAML: {problem}.") from None
+    except (OmegaConfBaseException, OSError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{path} must hold keys and values at its top level, not a list.")
+    return content
+
+
+def _dot_list(overrides: Sequence[str]) -> DictConfig:
+    for word in overrides:
+        key, equals, _ = word.partition("=")
+        if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+            raise ConfigError(
+                f'"{word}" is no override. Write key=value, such as model.name=mosaic_bert.'
+            )
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"An override cannot be read: {str(error).splitlines()[0]} (in: {' '.join(overrides)})"
+        ) from None
+
+
+def _without_nulls(values: Any) -> Any:
+    """Leave out null values: in the original's templates they mean 'not given'."""
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: value if key in _FREE_FORM else _without_nulls(value)
+        for key, value in values.items()
+        if value is not None
+    }
+
+
+def _faults(schema: type[BaseModel], error: ValidationError, values: Any) -> list[str]:
+    """One line for each key that is wrong: path, what is wrong, what is allowed."""
+    found: dict[str, list[str]] = {}
+    shown: dict[str, Any] = {}
+    for details in error.errors():
+        path = _path(details["loc"], values)
+        name = ".".join(map(str, path))
+        if details["type"] == "extra_forbidden":
+            section = schema
+            for part in path[:-1]:
+                section = _section(section, str(part)) or section
+            allowed = [field.alias or key for key, field in section.model_fields.items()]
+            near = did_you_mean(str(path[-1]), allowed)
+            known = near or f" Allowed here: {', '.join(allowed)}."
+            found[name] = [f"unknown key.{known}"]
+        elif details["type"] == "missing" and not isinstance(details["loc"][-1], int):
+            found[name] = ["this key is needed and has no value."]
+        else:
+            shown[name] = _at(values, path)
+            found.setdefault(name, []).append(_allowed(details))
+    lines = []
+    for name, faults in found.items():
+        if name in shown:
+            near = did_you_mean(str(shown[name]), re.findall(r"'([^']+)'", faults[-1]))
+            text = f"{shown[name]!r} is not allowed: must be {' or '.join(faults)}.{near}"
+        else:
+            text = faults[0]
+        lines.append(f"  {name}: {text}")
+    return lines
+
+
+def _allowed(details: Mapping[str, Any]) -> str:
+    """What pydantic would have taken, in a few words."""
+    if details["type"] == "missing":
+        return "complete (a value is missing)"
+    message: str = details["msg"].removeprefix("Value error, ")
+    message = message.removeprefix("Input should be ").split(", unable")[0].split(", got")[0]
+    return message.replace("a valid ", "a ").replace("a integer", "an integer").rstrip(".")
+
+
+def _at(values: Any, path: Sequence[str | int]) -> Any:
+    for part in path:
+        values = values[part]
+    return values
+
+
+def _path(location: Sequence[str | int], values: Any) -> list[str | int]:
+    """The keys of an error's location, without pydantic's names for the members of a union."""
+    path: list[str | int] = []
+    for part in location:
+        inside = isinstance(values, dict) and part in values
+        inside = inside or (
+            isinstance(values, list) and isinstance(part, int) and part < len(values)
+        )
+        if inside:
+            values = values[part]
+            path.append(part)
+        elif part == location[-1] and isinstance(values, dict) and "." not in str(part):
+            path.append(part)  # a key that is missing
+    return path
+
+
+def _section(schema: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The schema of one key's section, also inside `X | None` and `dict[str, X]`."""
+    fields = {field.alias or name: field for name, field in schema.model_fields.items()}
+    if key not in fields:
+        return None
+    candidates = [fields[key].annotation]
+    while candidates:
+        kind = candidates.pop()
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+        candidates.extend(get_args(kind))
+    return None

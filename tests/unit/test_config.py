@@ -1,0 +1,158 @@
+"""The YAML loader: the original's files load, every mistake names its key."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mosaicbert.config import (
+    ClassifyConfig,
+    GlueConfig,
+    PretrainConfig,
+    check,
+    dump_config,
+    load_config,
+)
+from mosaicbert.duration import Duration, Progress
+from mosaicbert.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+TEST_YAML = ROOT / "yamls/test/main.yaml"
+OURS = [
+    *((PretrainConfig, path) for path in sorted(ROOT.glob("yamls/main/*uncased.yaml"))),
+    (PretrainConfig, TEST_YAML),
+    (ClassifyConfig, ROOT / "yamls/test/sequence_classification.yaml"),
+    *((ClassifyConfig, path) for path in sorted(ROOT.glob("yamls/finetuning/*uncased.yaml"))),
+    (GlueConfig, ROOT / "yamls/test/glue.yaml"),
+    *((GlueConfig, path) for path in sorted(ROOT.glob("yamls/finetuning/glue/*uncased.yaml"))),
+]
+
+
+@pytest.mark.parametrize(("schema", "path"), OURS, ids=lambda v: getattr(v, "name", ""))
+def test_our_yamls_load_and_dump_and_load_again(schema, path, tmp_path):
+    config = load_config(schema, path)
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+    assert load_config(schema, again) == config
+
+
+def test_main_recipe_has_the_published_values():
+    config = load_config(PretrainConfig, ROOT / "yamls/main/mosaic-bert-base-uncased.yaml")
+    assert config.max_duration == "286720000sp"
+    assert config.global_train_batch_size == 4096
+    assert (config.optimizer.lr, config.optimizer.betas) == (5e-4, (0.9, 0.98))
+    assert (config.optimizer.eps, config.optimizer.weight_decay) == (1e-6, 1e-5)
+    assert (config.scheduler.t_warmup, config.scheduler.alpha_f) == ("0.06dur", 0.02)
+    assert config.train_loader.dataset.mlm_probability == 0.3
+    assert config.eval_loader.dataset.mlm_probability == 0.15
+    assert config.model.overrides["attention_probs_dropout_prob"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("train_loader.dataset.shufle=true", 'dataset.shufle: unknown key. Did you mean "shuffle"'),
+        ("optimizer.name=adamq", "optimizer.name: 'adamq' is not allowed: must be 'decoupled"),
+        ("max_duration=10b", "max_duration: '10b' is not allowed: must be a time string"),
+        (
+            "global_train_batch_size=x",
+            "global_train_batch_size: 'x' is not allowed: must be an int",
+        ),
+        ("global_train_batch_size=0", "global_train_batch_size: 0 is not allowed: must be greater"),
+        ("device_train_microbatch_size=foo", "'foo' is not allowed: must be an integer or 'auto'"),
+        ("optimizer.betas=[0.9]", "optimizer.betas: [0.9] is not allowed"),
+        ("optimizer.lr=-1", "optimizer.lr: -1 is not allowed: must be greater than 0"),
+        ("foo=1", "foo: unknown key. Allowed here: run_name, seed"),
+        ("max_duration=", "max_duration: this key is needed"),
+        ("foo", '"foo" is no override'),
+        ("train_loader.dataset.local=${nowhere}", "'nowhere' not found"),
+        ("model.model_config=3", "model.model_config: 3 is not allowed"),
+        ("train_loader.dataset.streams={a: {sp: 1}}", "train_loader.dataset.streams.a.sp: unknown"),
+    ],
+)
+def test_mistakes_name_their_key(word, said):
+    with pytest.raises(ConfigError) as caught:
+        load_config(PretrainConfig, TEST_YAML, [word])
+    assert said in str(caught.value)
+
+
+def test_a_key_of_the_files_own_is_free_if_something_uses_it(tmp_path):
+    text = TEST_YAML.read_text().replace("max_duration: 10ba", "max_duration: ${length}")
+    path = tmp_path / "own.yaml"
+    path.write_text(text + "\nlength: 7ba\n")
+    assert load_config(PretrainConfig, path).max_duration == "7ba"
+    path.write_text(TEST_YAML.read_text() + "\nlength: 7ba\n")
+    with pytest.raises(ConfigError, match="length: unknown key"):
+        load_config(PretrainConfig, path)
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"no configuration file .*gone\.yaml"):
+        load_config(PretrainConfig, tmp_path / "gone.yaml")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("a: [1,\nb: 2")
+    with pytest.raises(ConfigError, match=r"bad\.yaml, line \d+: this is not YAML"):
+        load_config(PretrainConfig, bad)
+    bad.write_text("- 1\n- 2\n")
+    with pytest.raises(ConfigError, match="keys and values"):
+        load_config(PretrainConfig, bad)
+    bad.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_config(PretrainConfig, bad)
+    bad.write_text("a: !!python/object/apply:os.system ['true']")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_config(PretrainConfig, bad)
+
+
+def test_all_mistakes_are_listed_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load_config(PretrainConfig, TEST_YAML, ["seeed=1", "optimizer.lrr=2"])
+    assert "seeed" in str(caught.value)
+    assert "optimizer.lrr" in str(caught.value)
+
+
+@given(st.dictionaries(st.text(max_size=8), st.text(max_size=8) | st.integers() | st.none()))
+def test_any_mapping_is_an_error_for_people(values):
+    with pytest.raises(ConfigError):
+        check(GlueConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "unit"),
+    [
+        ("10ba", 10, "ba"),
+        ("10iter", 10, "ba"),
+        ("286720000sp", 286720000, "sp"),
+        ("1.5e9tok", 1.5e9, "tok"),
+        ("0.06dur", 0.06, "dur"),
+        ("1h30m", 5400, "sec"),
+        ("90sec", 90, "sec"),
+        ("3 ep", 3, "ep"),
+        (7, 7, "ba"),
+    ],
+)
+def test_time_strings(text, value, unit):
+    assert Duration.parse(text) == Duration(value, unit)
+    assert Duration.parse(str(Duration.parse(text))) == Duration(value, unit)
+
+
+@pytest.mark.parametrize("text", ["", "ba", "10", "10b", "-1ba", "0.5ba", "1e", "h", "nanba", True])
+def test_what_is_no_time_string_says_what_is(text):
+    with pytest.raises(ConfigError, match=r"time string|whole number"):
+        Duration.parse(text, "max_duration")
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_time_or_a_clear_error(text):
+    try:
+        parsed = Duration.parse(text)
+    except ConfigError:
+        return
+    assert parsed.value >= 0
+
+
+def test_progress_counts_epochs_in_parts():
+    progress = Progress(epoch=1, batch=30, batch_in_epoch=10, sample=480)
+    assert progress.fraction_of(Duration(2, "ep"), batches_per_epoch=20) == 0.75
+    assert progress.fraction_of(Duration(960, "sp")) == 0.5
