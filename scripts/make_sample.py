@@ -158,10 +158,11 @@ FIRST_LENGTH, LENGTH_WIDTH, NUM_LENGTHS = 12, 5, 6
 ROWS_PER_LENGTH: dict[Split, int] = {"task-train": 150, "task-validation": 21}
 ROWS_PER_DOCUMENT = {"book": 60, "abstract": 2, "agency": 3, "address": 40}
 
-# A document that speaks of another rights holder, or of another place of publication, is left out.
+# A document that speaks of another rights holder or publisher (and may quote it) is left out.
 OTHER_RIGHTS = re.compile(
     r"guest (?:post|blog|author|column)|(?:originally|first) (?:posted|published|appeared)"
-    r"|cross-?posted|reprinted|re-?published|©|\(c\)|copyright|all rights reserved",
+    r"|cross-?posted|reprinted|re-?published|©|\(c\)|copyright|all rights reserved"
+    r"|New York Times|Washington Post|Wall Street Journal|Associated Press",
     re.IGNORECASE,
 )
 # A passage with an address, a telephone number, damaged letters or a slur of its day is left out.
