@@ -116,8 +116,13 @@ class OwnDataConfig(Strict):
     """Share held out where there is no validation file."""
     text: str | list[str] = "text"
     """Column of the text, or two of them."""
-    label: str = "label"
-    """Column of the label: numbers or names."""
+    label: str | list[str] = "label"
+    """Column of the label: numbers or names; several columns of 0 and 1 for multi-label."""
+    task: Literal["classification", "regression", "multilabel", "token_classification"] | None = (
+        None
+    )
+    """What to predict. Default: multi-label for several labels a row, regression where
+    `model.num_labels` is 1, else classification."""
 
 
 class ClassifyConfig(TrainerConfig):
