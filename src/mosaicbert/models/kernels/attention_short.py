@@ -1,0 +1,97 @@
+"""The kernels of `attention` for short sequences: one program, one whole (sequence, head).
+
+Layouts: qkv and dqkv `(total_nnz, 3, heads, head_dim)`, out and grad `(total_nnz, heads,
+head_dim)`, lse `(heads, total_nnz)`. Scores are in base 2: `scale` is log2(e) / sqrt(head_dim).
+"""
+# mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
+# ruff: noqa: N803, N806
+
+import triton
+import triton.language as tl
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+MASKED: tl.constexpr = tl.constexpr(-1e30)  # finite: rows that only fill the tile up see no key
+
+
+@triton.jit
+def forward_kernel(
+    qkv_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, slopes_ptr, scale, window, total_nnz,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp of one (sequence, head)."""
+    HIDDEN: tl.constexpr = HEADS * HEAD_DIM
+    head = tl.program_id(0) % HEADS  # heads of a sequence run together: they share DRAM pages
+    seq = tl.program_id(0) // HEADS
+    start = tl.load(cu_seqlens_ptr + seq)
+    length = tl.load(cu_seqlens_ptr + seq + 1) - start
+    if length <= 0:
+        return
+    pos = tl.arange(0, BLOCK)
+    dim = tl.arange(0, HEAD_DIM)
+    real = pos < length
+    at = start.to(tl.int64) * (3 * HIDDEN) + head * HEAD_DIM
+    q_ptrs = qkv_ptr + at + pos[:, None] * (3 * HIDDEN) + dim[None, :]
+    q = tl.load(q_ptrs, mask=real[:, None], other=0.0)
+    k = tl.load(q_ptrs + HIDDEN, mask=real[:, None], other=0.0)
+    v = tl.load(q_ptrs + 2 * HIDDEN, mask=real[:, None], other=0.0)
+
+    slope = tl.load(slopes_ptr + head) * LOG2_E
+    distance = tl.abs(pos[:, None].to(tl.float32) - pos[None, :].to(tl.float32))
+    s = tl.dot(q, tl.trans(k)) * scale - slope * distance  # (queries, keys)
+    seen = real[None, :]
+    if WINDOW:
+        seen = seen & (distance <= window)
+    s = tl.where(seen, s, MASKED)
+    highest = tl.max(s, 1)
+    p = tl.exp2(s - highest[:, None])
+    total = tl.sum(p, 1)
+    out = tl.dot(p.to(v.dtype), v) / total[:, None]
+    at = start.to(tl.int64) * HIDDEN + head * HEAD_DIM
+    tl.store(out_ptr + at + pos[:, None] * HIDDEN + dim[None, :], out, mask=real[:, None])
+    lse_ptrs = lse_ptr + head.to(tl.int64) * total_nnz + start + pos
+    tl.store(lse_ptrs, highest + tl.log2(total), mask=real)
+
+
+@triton.jit
+def backward_kernel(
+    grad_ptr, qkv_ptr, dqkv_ptr, lse_ptr, cu_seqlens_ptr, slopes_ptr, scale, window, total_nnz,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dq, dk and dv of one (sequence, head)."""
+    HIDDEN: tl.constexpr = HEADS * HEAD_DIM
+    head = tl.program_id(0) % HEADS
+    seq = tl.program_id(0) // HEADS
+    start = tl.load(cu_seqlens_ptr + seq)
+    length = tl.load(cu_seqlens_ptr + seq + 1) - start
+    if length <= 0:
+        return
+    pos = tl.arange(0, BLOCK)
+    dim = tl.arange(0, HEAD_DIM)
+    real = pos < length
+    at = start.to(tl.int64) * (3 * HIDDEN) + head * HEAD_DIM
+    within = pos[:, None] * (3 * HIDDEN) + dim[None, :]
+    q_ptrs = qkv_ptr + at + within
+    q = tl.load(q_ptrs, mask=real[:, None], other=0.0)
+    k = tl.load(q_ptrs + HIDDEN, mask=real[:, None], other=0.0)
+    grad_at = start.to(tl.int64) * HIDDEN + head * HEAD_DIM
+    grad_ptrs = grad_ptr + grad_at + pos[:, None] * HIDDEN + dim[None, :]
+    grad = tl.load(grad_ptrs, mask=real[:, None], other=0.0)
+    v = tl.load(q_ptrs + 2 * HIDDEN, mask=real[:, None], other=0.0)
+    lse = tl.load(lse_ptr + head.to(tl.int64) * total_nnz + start + pos, mask=real, other=0.0)
+
+    slope = tl.load(slopes_ptr + head) * LOG2_E
+    distance = tl.abs(pos[:, None].to(tl.float32) - pos[None, :].to(tl.float32))
+    s = tl.dot(q, tl.trans(k)) * scale - slope * distance  # (queries, keys)
+    seen = real[:, None] & real[None, :]
+    if WINDOW:
+        seen = seen & (distance <= window)
+    p = tl.exp2(tl.where(seen, s - lse[:, None], MASKED))
+    dp = tl.dot(grad, tl.trans(v))
+    ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
+    dq_ptrs = dqkv_ptr + at + within
+    dv = tl.dot(tl.trans(p.to(q.dtype)), grad)
+    tl.store(dq_ptrs + 2 * HIDDEN, dv, mask=real[:, None])
+    dq = tl.dot(ds, k) * (scale / LOG2_E)
+    tl.store(dq_ptrs, dq, mask=real[:, None])
+    dk = tl.dot(tl.trans(ds), q) * (scale / LOG2_E)
+    tl.store(dq_ptrs + HIDDEN, dk, mask=real[:, None])
