@@ -1,0 +1,184 @@
+"""What a run shows on the console: a progress display on a terminal, plain lines elsewhere.
+
+rich honours `NO_COLOR` and `TERM=dumb` by itself. Lines fit into 80 columns.
+"""
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from mosaicbert.duration import Duration, Progress
+from mosaicbert.train.monitors import TimeLeft, is_due
+from mosaicbert.train.record import Logger
+
+LOSS = "loss/train/total"
+CHECKPOINT = "checkpoint/batch"
+"""Metric by which the trainer says that a checkpoint is whole."""
+EVAL = "metrics/eval/"
+
+
+def build_console(
+    *,
+    progress_bar: bool,
+    log_to_console: bool,
+    interval: Duration,
+    total: Duration,
+    rank: int,
+    batches_per_epoch: int | None = None,
+    console: Console | None = None,
+) -> Logger | None:
+    """The progress display (`progress_bar`, on a terminal), plain lines (`log_to_console`) or None.
+
+    `interval`: `console_log_interval`, for plain lines. Rank 0 alone shows anything.
+    """
+    console = console or Console(highlight=False)
+    if rank != 0:
+        return None
+    time_left = TimeLeft(total, batches_per_epoch)
+    if progress_bar and console.is_terminal and not console.is_dumb_terminal:
+        return ProgressDisplay(console, total, time_left)
+    return PlainLines(console, total, time_left, interval) if log_to_console else None
+
+
+class PlainLines:
+    """One line an interval, one an evaluation, one a checkpoint."""
+
+    def __init__(
+        self, console: Console, total: Duration, time_left: TimeLeft, interval: Duration
+    ) -> None:
+        self.console = console
+        self.total = total
+        self.time_left = time_left
+        self.interval = interval
+        self._last = Progress()
+
+    def log(self, metrics: Mapping[str, float], progress: Progress) -> None:
+        """Print what there is to say."""
+        for line in event_lines(metrics, progress):
+            self._print(line)
+        if LOSS not in metrics:
+            return
+        left = seconds_left(metrics, self.time_left.update(progress))
+        before, self._last = self._last, progress
+        if is_due(self.interval, before, progress, self.total):
+            where = f"ba {progress.batch}"
+            if self.total.unit == "ba":
+                where += f"/{self.total.value:g}"
+            else:
+                where += (
+                    f" {progress.fraction_of(self.total, self.time_left.batches_per_epoch):.0%}"
+                )
+            self._print("  ".join([where, *step_words(metrics, left)]))
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _print(self, line: str) -> None:
+        self.console.print(Text(line), soft_wrap=True)
+
+
+class ProgressDisplay:
+    """A bar and the newest figures, in place; evaluations and checkpoints scroll by above."""
+
+    def __init__(self, console: Console, total: Duration, time_left: TimeLeft) -> None:
+        self.console = console
+        self.total = total
+        self.time_left = time_left
+        self._live = Live(console=console, refresh_per_second=4)
+        self._last_eval = ""
+        self._last_checkpoint = ""
+
+    def log(self, metrics: Mapping[str, float], progress: Progress) -> None:
+        """Show the newest figures."""
+        self._live.start()  # a second start does nothing
+        for line in event_lines(metrics, progress):
+            self.console.print(Text(line, style="green"))
+            if line.startswith("eval"):
+                self._last_eval = line
+            else:
+                self._last_checkpoint = line
+        if LOSS in metrics:
+            left = seconds_left(metrics, self.time_left.update(progress))
+            self._live.update(self._draw(metrics, progress, left))
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        self._live.stop()
+
+    def _draw(self, metrics: Mapping[str, float], progress: Progress, left: float | None) -> Table:
+        width = min(self.console.width, 80)
+        done = progress.fraction_of(self.total, self.time_left.batches_per_epoch)
+        where = place(progress, self.total)
+        grid = Table.grid()
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(
+            Text(where, style="bold"),
+            ProgressBar(total=1.0, completed=done, width=max(width - len(where) - 8, 10)),
+            Text(f"{done:.0%}"),
+        )
+        grid.add_row(bar)
+        grid.add_row(Text("  ".join(step_words(metrics, left))[:width], style="cyan"))
+        for line in (self._last_eval, self._last_checkpoint):
+            if line:
+                grid.add_row(Text("last " + line[: width - 5], style="dim"))
+        return grid
+
+
+def place(progress: Progress, total: Duration) -> str:
+    """`ba 120/1000`, in the unit of the run's length, with the batch where that is another."""
+    done, end = progress.count(total.unit), total.value
+    text = f"{total.unit} {_count(done)}/{_count(end)}"
+    return text if total.unit == "ba" else f"ba {progress.batch}  {text}"
+
+
+def step_words(metrics: Mapping[str, float], left: float | None) -> list[str]:
+    """The figures of one step, shortest form: loss, learning rate, speed, MFU, time left."""
+    words = [f"loss {metrics[LOSS]:.4f}"]
+    if "lr" in metrics:
+        words.append(f"lr {metrics['lr']:.2e}")
+    if "throughput/tokens_per_sec" in metrics:
+        words.append(f"{_count(metrics['throughput/tokens_per_sec'])} tok/s")
+    if "throughput/device/mfu" in metrics:
+        words.append(f"MFU {metrics['throughput/device/mfu']:.1%}")
+    if left is not None:
+        words.append(f"{clock(left)} left")
+    return words
+
+
+def event_lines(metrics: Mapping[str, float], progress: Progress) -> list[str]:
+    """A line for an evaluation and one for a checkpoint, where the metrics tell of one."""
+    lines = []
+    scores = {name.removeprefix(EVAL): v for name, v in metrics.items() if name.startswith(EVAL)}
+    if scores:
+        words = [f"{name} {value:.4f}" for name, value in scores.items()]
+        lines.append(f"eval at ba {progress.batch}: {'  '.join(words)}")
+    if CHECKPOINT in metrics:
+        lines.append(f"checkpoint at ba {int(metrics[CHECKPOINT])}")
+    return lines
+
+
+def seconds_left(metrics: Mapping[str, float], own: float | None) -> float | None:
+    """The runtime estimator's figure where there is one, else our own."""
+    hours = metrics.get("time/remaining_estimate")
+    return own if hours is None else hours * 3600
+
+
+def clock(seconds: float) -> str:
+    """`3h05m`, `12m04s`, `9s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def _count(value: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            scale = 1e3 if letter == "k" else size
+            return f"{value / scale:.1f}{letter}"
+    return f"{value:g}" if value == int(value) else f"{value:.1f}"

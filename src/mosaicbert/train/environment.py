@@ -1,0 +1,75 @@
+"""What a run ran on (versions, hardware, commit), and a configuration without its secrets."""
+
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_SECRET = re.compile(
+    r"(^|_)(token|password|passwd|passphrase|credentials?|auth)$"
+    r"|secret|api_?key|access_?key|private_?key",
+    re.IGNORECASE,
+)
+_URI_PASSWORD = re.compile(r"(\w+://[^/@:\s]+:)[^@/\s]+@")
+REDACTED = "***"
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """The same nested value with everything blanked out that looks like a secret.
+
+    By key (`api_key`, `hub_token`, `aws_secret_access_key`; not `tokenizer_name` or `eos_token_id`)
+    and inside URIs (`scheme://user:password@host`).
+    """
+    if value is not None and _SECRET.search(key):
+        return REDACTED
+    if isinstance(value, Mapping):
+        return {name: redact(inner, str(name)) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(inner) for inner in value]
+    if isinstance(value, str):
+        return _URI_PASSWORD.sub(rf"\1{REDACTED}@", value)
+    return value
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, hardware, commit and command line of this process."""
+    gpus = range(torch.cuda.device_count())
+    packages = ("mosaicbert", "torch", "transformers", "numpy", "triton")
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [redact(word) for word in sys.argv],
+        "commit": commit_of(Path(__file__).parent),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in packages},
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(index) for index in gpus],
+        "gpu_memory_bytes": [torch.cuda.get_device_properties(i).total_memory for i in gpus],
+        "cpu_threads": torch.get_num_threads(),
+    }
+
+
+def commit_of(folder: Path) -> str | None:
+    """The git commit that `folder` is at, with `-dirty` for changes; None outside of git."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        done = subprocess.run(
+            [*command, "--exclude=*"], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,179 @@
+"""Experiment trackers: Weights & Biases, TensorBoard, Comet, MLflow, Trackio.
+
+Packages are imported only when a YAML names them. Each `_open_*` is called in the tracker's own
+thread with the progress at its first row; settings are checked before, in the main one.
+"""
+
+import importlib
+import inspect
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mosaicbert.config.sections import LoggersConfig
+from mosaicbert.duration import Progress
+from mosaicbert.errors import ConfigError, did_you_mean
+from mosaicbert.train.record import Logger
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a tracker is told of a run; `config` holds no secrets."""
+
+    name: str
+    folder: Path | None
+    config: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Tracker:
+    """A logger made of two functions of a library."""
+
+    write: Callable[[Mapping[str, float], Progress], Any]
+    finish: Callable[[], Any]
+
+    def log(self, metrics: Mapping[str, float], progress: Progress) -> None:
+        """Hand one row to the library."""
+        self.write(metrics, progress)
+
+    def close(self) -> None:
+        """Let the library finish."""
+        self.finish()
+
+
+def build_trackers(
+    config: LoggersConfig | None, run: Run
+) -> dict[str, Callable[[Progress], Logger]]:
+    """For each tracker of `loggers`, what opens it.
+
+    Raises:
+        ConfigError: its package is missing, or it does not know a setting.
+    """
+    found: dict[str, Callable[[Progress], Logger]] = {}
+    for name, (package, extra, settings_of, open_tracker) in _TRACKERS.items():
+        settings = getattr(config, name, None)
+        if settings is None:
+            continue
+        try:
+            library = importlib.import_module(package)
+        except ImportError as error:
+            raise ConfigError(
+                f"loggers.{name} needs a package that is not there ({error}). Install it with "
+                f"pip install 'mosaicbert[{extra}]', or leave the logger out."
+            ) from None
+        for key in settings:
+            if key not in (known := settings_of(library)):
+                raise ConfigError(
+                    f"loggers.{name}.{key}: unknown setting.{did_you_mean(key, known)} "
+                    f"There are: {', '.join(known)}."
+                )
+        found[name] = partial(open_tracker, library, dict(settings), run)
+    return found
+
+
+def _parameters(function: str) -> Callable[[ModuleType], list[str]]:
+    return lambda library: list(inspect.signature(getattr(library, function)).parameters)
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": 1}}` as `("a.b", 1)`."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _open_wandb(wandb: ModuleType, settings: Settings, run: Run, start: Progress) -> Logger:
+    settings = {"name": run.name, "config": run.config} | settings
+    if run.folder is not None:
+        settings.setdefault("dir", str(run.folder))
+        settings.setdefault("id", _run_id(run.folder / "wandb-run-id", new=start.batch <= 1))
+        settings.setdefault("resume", "allow")
+    opened = wandb.init(**settings)
+    return Tracker(lambda metrics, at: opened.log(dict(metrics), step=at.batch), opened.finish)
+
+
+def _run_id(path: Path, new: bool) -> str:
+    """The id under which a resumed run goes on in the tracker."""
+    if new or not path.exists():
+        path.write_text(uuid.uuid4().hex[:12])
+    return path.read_text()
+
+
+def _open_tensorboard(library: ModuleType, settings: Settings, run: Run, start: Progress) -> Logger:
+    folder = settings.get("log_dir") or (run.folder or Path("runs") / run.name) / "tensorboard"
+    # What an earlier attempt wrote beyond the resume point is to be forgotten.
+    writer = library.SummaryWriter(str(folder), purge_step=start.batch)
+
+    def write(metrics: Mapping[str, float], progress: Progress) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, progress.batch)
+        writer.flush()
+
+    return Tracker(write, writer.close)
+
+
+def _open_comet(comet_ml: ModuleType, settings: Settings, run: Run, start: Progress) -> Logger:
+    folder = {} if run.folder is None else {"offline_directory": str(run.folder / "comet")}
+    extra = settings.pop("experiment_config", None) or {}
+    config = comet_ml.ExperimentConfig(**{"name": run.name, **folder, **extra})
+    experiment = comet_ml.start(**settings, experiment_config=config)
+    experiment.log_parameters(dict(flatten(run.config)))
+
+    def write(metrics: Mapping[str, float], progress: Progress) -> None:
+        experiment.log_metrics(dict(metrics), step=progress.batch, epoch=progress.epoch)
+
+    return Tracker(write, experiment.end)
+
+
+_MLFLOW_SETTINGS = ["tracking_uri", "experiment_name", "run_name", "tags"]
+
+
+def _open_mlflow(mlflow: ModuleType, settings: Settings, run: Run, start: Progress) -> Logger:
+    # The client is told everything by hand: the module's active run belongs to a thread.
+    client = mlflow.MlflowClient(settings.get("tracking_uri"))
+    name = settings.get("experiment_name") or "mosaicbert"
+    known = client.get_experiment_by_name(name)
+    experiment = known.experiment_id if known else client.create_experiment(name)
+    opened = client.create_run(
+        experiment, run_name=settings.get("run_name") or run.name, tags=settings.get("tags")
+    )
+    run_id = opened.info.run_id
+    for key, value in flatten(run.config):
+        client.log_param(run_id, key, str(value)[:500])
+
+    def write(metrics: Mapping[str, float], progress: Progress) -> None:
+        now = int(time.time() * 1000)
+        client.log_batch(
+            run_id,
+            [
+                mlflow.entities.Metric(key, value, now, progress.batch)
+                for key, value in metrics.items()
+            ],
+        )
+
+    return Tracker(write, lambda: client.set_terminated(run_id))
+
+
+def _open_trackio(trackio: ModuleType, settings: Settings, run: Run, start: Progress) -> Logger:
+    defaults = {"project": "mosaicbert", "name": run.name, "config": run.config, "embed": False}
+    opened = trackio.init(**{**defaults, **settings})
+    return Tracker(lambda metrics, at: opened.log(dict(metrics), step=at.batch), opened.finish)
+
+
+_TRACKERS = {
+    "wandb": ("wandb", "wandb", _parameters("init"), _open_wandb),
+    "tensorboard": ("torch.utils.tensorboard", "", lambda _: ["log_dir"], _open_tensorboard),
+    "comet_ml": ("comet_ml", "comet", _parameters("start"), _open_comet),
+    "mlflow": ("mlflow", "mlflow", lambda _: _MLFLOW_SETTINGS, _open_mlflow),
+    "trackio": ("trackio", "trackio", _parameters("init"), _open_trackio),
+}
+"""Package, extra of ours that brings it, its settings, and what opens it."""
