@@ -16,6 +16,7 @@ from mosaicbert.data.examples import (
     class_weights,
     folds,
     read_examples,
+    sample_examples,
     split_examples,
 )
 from mosaicbert.errors import ConfigError, DataError
@@ -162,6 +163,10 @@ def test_the_bundled_sample() -> None:
     train, validation = read_examples(OwnDataConfig(train="sample"))
     assert train.label_names == ("abstract", "address", "agency", "book")
     assert len(train) > len(validation) > 50
+    assert sample_examples("train").texts == train.texts
+    assert sample_examples("validation").texts == validation.texts
+    with pytest.raises(ConfigError, match='no split "test"'):
+        sample_examples("test")
 
 
 def test_a_share_is_held_out_where_there_is_no_validation(tmp_path: Path) -> None:

@@ -93,6 +93,13 @@ def read_examples(
     return train, validation
 
 
+def sample_examples(split: str) -> Examples:
+    """The bundled task (which kind of source is a passage from?), `train` or `validation`."""
+    classification_file(split)  # names the splits there are
+    train, validation = read_examples(OwnDataConfig(train="sample"))
+    return train if split == "train" else validation
+
+
 def split_examples(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
     """Hold out a share of the examples, each class in the same share; orders are kept.
 
