@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mosaicbert.data.mlm import Masker, interpolate, splitmix64
+from mosaicbert.data.hashing import splitmix64
+from mosaicbert.data.mlm import Masker, interpolate
 
 VOCAB, MASK, CLS, SEP = 1000, 4, 2, 3
 MASKER = Masker(17, MASK, np.array([0, 1, CLS, SEP, MASK]), VOCAB)

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mosaicbert.data.hashing import GOLDEN, hash_key, splitmix64, unit_interval
 from mosaicbert.data.packing import Sample
 
 SHARE_MASKED = 0.8  # of the chosen tokens: these become the mask token,
 SHARE_RANDOM = 0.1  # these another token, and the rest stay as they are
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +51,8 @@ class Masker:
         flat = np.concatenate(ids).astype(np.int32)
         within = np.arange(len(flat)) - np.repeat(ends - lengths, lengths)
 
-        epoch_key = splitmix64(np.uint64(self.seed) ^ splitmix64(np.uint64(epoch)))
-        sample_keys = splitmix64(positions.astype(np.uint64) ^ epoch_key)
-        keys = np.repeat(sample_keys, lengths) + within.astype(np.uint64) * _GOLDEN
+        sample_keys = splitmix64(positions.astype(np.uint64) ^ hash_key(self.seed, epoch))
+        keys = np.repeat(sample_keys, lengths) + within.astype(np.uint64) * GOLDEN
         share = np.broadcast_to(np.asarray(probability, np.float64), lengths.shape)
         may_choose = np.ones(self.vocab_size, bool)
         may_choose[self.special_ids] = False
@@ -82,19 +80,6 @@ class Masker:
                 begins, ends.tolist(), firsts, cuts.tolist(), strict=True
             )
         ]
-
-
-def splitmix64(x: NDArray[np.uint64] | np.uint64) -> NDArray[np.uint64]:
-    """A bijection of 64-bit integers that looks random (Steele, Lea and Flood 2014)."""
-    mixed = np.atleast_1d(x) + _GOLDEN
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))
-
-
-def unit_interval(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Uniform numbers of [0, 1) from the upper 53 bits."""
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def interpolate(
