@@ -90,7 +90,7 @@ def parse_index(text: str | bytes, where: str) -> list[ShardInfo]:
         shards = []
         for number, entry in enumerate(fields["shards"]):
             try:
-                shards.append(_shard_info(entry))
+                shards.append(parse_shard(entry))
             except ValueError as error:
                 raise ValueError(f"shard {number}: {error}") from error
         names = [shard.raw_basename for shard in shards]
@@ -138,7 +138,8 @@ def _fields(value: Any, kinds: Mapping[str, Any]) -> dict[str, Any]:
     return value
 
 
-def _shard_info(entry: Any) -> ShardInfo:
+def parse_shard(entry: Any) -> ShardInfo:
+    """One entry of an index; ValueError says what is wrong with it."""
     fields = _fields(entry, _SHARD_FIELDS)
     if fields["format"] != "mds" or fields["version"] != 2:
         raise ValueError(f"format {fields['format']} {fields['version']} is not read, only mds 2")
