@@ -29,6 +29,13 @@ class GlueTask:
         """Classes, or 1 for regression."""
         return len(self.label_names)
 
+    @property
+    def evaluations(self) -> dict[str, str]:
+        """Name of each evaluation, as metrics carry it, and its split."""
+        if len(self.validation_splits) == 1:
+            return {"eval": self.validation_splits[0]}
+        return {split.removeprefix("validation_"): split for split in self.validation_splits}
+
 
 _SAME = ("not_equivalent", "equivalent")
 _ENTAILS = ("entailment", "not_entailment")
@@ -46,7 +53,7 @@ _ROWS = (
     GlueTask("sst2", ("sentence",), ("negative", "positive"),
              3e-5, 3e-6, 3, 16, "500ba", _FIVE[:3], ("accuracy",)),
     GlueTask("cola", ("sentence",), ("unacceptable", "acceptable"),
-             5e-5, 5e-6, 10, 32, "250ba", _FIVE[:4], ("matthews",)),
+             5e-5, 5e-6, 10, 32, "250ba", _FIVE[:4], ("mcc",)),
     GlueTask("rte", ("sentence1", "sentence2"), _ENTAILS,
              1e-5, 1e-5, 3, 16, "100ba", _FIVE, ("accuracy",), starts_from_mnli=True),
     GlueTask("mrpc", ("sentence1", "sentence2"), _SAME,
