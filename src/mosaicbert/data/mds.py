@@ -173,11 +173,14 @@ class Shard:
         self._map.close()
 
 
-def ensure_raw(folder: Path, info: ShardInfo, keep_zip: bool = True) -> Path:
+def ensure_raw(
+    folder: Path, info: ShardInfo, keep_zip: bool = True, raw_folder: Path | None = None
+) -> Path:
     """The path of a shard's raw file, checked, and decompressed where only the zip file is there.
 
-    Each file is checked once in this process as long as it does not change. For a folder that
-    cannot be written to, raw files go to a cache of this user's in the system's temporary folder.
+    Each file is checked once in this process as long as it does not change. Raw files go to
+    `raw_folder`, or into `folder`, or, where that cannot be written to, to a cache of this user's
+    in the system's temporary folder.
 
     Raises:
         DataError: neither file is there, or the one that is differs from what the index says.
@@ -187,7 +190,9 @@ def ensure_raw(folder: Path, info: ShardInfo, keep_zip: bool = True) -> Path:
         packed = folder / info.zip_basename
         if not packed.exists():
             raise DataError(f"Shard {raw} is missing, and so is {packed.name}. {REMEDY}")
-        if not os.access(folder, os.W_OK):
+        if raw_folder is not None:
+            raw = raw_folder / info.raw_basename
+        elif not os.access(folder, os.W_OK):
             raw = _cache_folder(folder) / info.raw_basename
         if not raw.exists():
             _decompress_shard(packed, raw, info)
