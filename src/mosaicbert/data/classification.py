@@ -13,6 +13,7 @@ from mosaicbert.batch import Step
 from mosaicbert.data.examples import Examples
 from mosaicbert.data.packing import Sample, pack_samples, pad_samples
 from mosaicbert.data.tokenizers import encode_truncated
+from mosaicbert.data.tokens import TokenExamples, tokenize_words
 from mosaicbert.errors import ConfigError
 
 TEXTS_AT_ONCE = 4096
@@ -25,6 +26,17 @@ class TokenizedTexts:
     input_ids: NDArray[np.int32]  # (total,)
     token_type_ids: NDArray[np.uint8] | None  # (total,), 1 in second texts; None for single texts
     offsets: NDArray[np.int64]  # (num_texts + 1,)
+
+    @classmethod
+    def join(
+        cls, ids: Sequence[NDArray[np.int32]], types: Sequence[NDArray[np.uint8]] | None = None
+    ) -> "TokenizedTexts":
+        """From the arrays of each text."""
+        return cls(
+            np.concatenate(ids),
+            None if types is None else np.concatenate(types),
+            np.cumsum([0, *map(len, ids)]),
+        )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -62,11 +74,7 @@ def tokenize_texts(
             ids.append(np.array(encoding.ids, np.int32))
             types.append(np.array(encoding.type_ids, np.uint8))
     has_types = pairs is not None and "token_type_ids" in tokenizer.model_input_names
-    return TokenizedTexts(
-        np.concatenate(ids),
-        np.concatenate(types) if has_types else None,
-        np.cumsum([0, *map(len, ids)]),
-    )
+    return TokenizedTexts.join(ids, types if has_types else None)
 
 
 class ClassificationLoader:
@@ -157,7 +165,7 @@ def _plain(label: Any) -> Any:
 
 
 def build_classification_loader(
-    examples: Examples,
+    examples: Examples | TokenExamples,
     tokenizer: PreTrainedTokenizerFast,
     *,
     max_seq_len: int,
@@ -180,9 +188,16 @@ def build_classification_loader(
     Raises:
         ConfigError: not one batch is left.
     """
+    labels: Sequence[Any] | NDArray[Any]
+    if isinstance(examples, TokenExamples):
+        ids, labels = tokenize_words(examples, tokenizer, max_seq_len)
+        texts = TokenizedTexts.join(ids)
+    else:
+        texts = tokenize_texts(examples.texts, examples.pairs, tokenizer, max_seq_len)
+        labels = examples.labels
     return ClassificationLoader(
-        tokenize_texts(examples.texts, examples.pairs, tokenizer, max_seq_len),
-        examples.labels,
+        texts,
+        labels,
         max_seq_len=max_seq_len,
         pad_token_id=tokenizer.pad_token_id,
         batch_size=batch_size,

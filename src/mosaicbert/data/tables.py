@@ -63,6 +63,16 @@ def iter_table(
         raise DataError(f"{path} has no rows. Each row after the header is one example.")
 
 
+def text_lines(path: str | Path) -> Iterator[str]:
+    """Lines of a UTF-8 text file (also gzipped), with their ends.
+
+    Raises:
+        DataError: the file is missing, damaged or not UTF-8 (with the line).
+    """
+    with _open(path) as stream:
+        yield from _lines(path, stream)
+
+
 def _format_of(path: str | Path) -> str:
     name = str(path).lower().removesuffix(".gz")
     for suffix, kind in FORMATS.items():
