@@ -1,0 +1,381 @@
+"""Mosaic BERT as `torch.nn.Module`s that are at home in Hugging Face's `transformers`.
+
+Each model takes padded batches through `forward`, as Hugging Face's do, and packed ones through
+`loss`, for training. The layers, which know packed tokens only, are in `encoder`.
+"""
+# mypy: disable-error-code="no-any-return"
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils.generic import can_return_tuple
+
+from mosaicbert.batch import Batch, LossOutput
+from mosaicbert.errors import ConfigError
+from mosaicbert.models.attention import sequence_ids
+from mosaicbert.models.configuration import MosaicBertConfig, padded_vocab_size
+from mosaicbert.models.encoder import (
+    MosaicBertEmbeddings,
+    MosaicBertEncoder,
+    MosaicBertMLMHead,
+    MosaicBertPooler,
+)
+from mosaicbert.models.heads import (
+    classification_loss_sum,
+    cross_entropy_sum,
+    mean_loss,
+    problem_type,
+    training_flops,
+)
+
+# --- padded form in, padded form out --------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """A padded batch without its padding; `indices` are the places it came from."""
+
+    input_ids: Tensor  # (total_nnz,)
+    token_type_ids: Tensor | None  # (total_nnz,)
+    cu_seqlens: Tensor  # (batch + 1,) int32
+    max_seqlen: int
+    indices: Tensor  # (total_nnz,) into the flattened (batch, seq)
+    shape: torch.Size  # (batch, seq)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`(batch, seq)` -> `(total_nnz,)`."""
+        return x.flatten()[self.indices]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """`(total_nnz, ...)` -> `(batch, seq, ...)`; zeros where there was padding."""
+        out = x.new_zeros(self.shape.numel(), *x.shape[1:])
+        return out.index_copy(0, self.indices, x).view(*self.shape, *x.shape[1:])
+
+
+def pack(input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None) -> Packed:
+    """Leave the padding out. What the mask hides is as though it were not there."""
+    for name, x in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+        if x is not None and x.shape != input_ids.shape:
+            raise ConfigError(
+                f"{name} has shape {tuple(x.shape)}, input_ids {tuple(input_ids.shape)}: "
+                "both must be (batch, seq)."
+            )
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask = mask != 0
+    lengths = mask.sum(dim=1, dtype=torch.int32)
+    return Packed(
+        input_ids=input_ids[mask],
+        token_type_ids=None if token_type_ids is None else token_type_ids[mask],
+        cu_seqlens=F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
+        max_seqlen=max(1, int(lengths.max())),
+        indices=mask.flatten().nonzero().flatten(),
+        shape=input_ids.shape,
+    )
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+class MosaicBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """What the models share: the way in and out, vocabulary, counting."""
+
+    config_class = MosaicBertConfig
+    config: MosaicBertConfig
+    base_model_prefix = "bert"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("MosaicBertLayer",)
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """As Hugging Face's; rows stay a multiple of 8, and padding is never predicted."""
+        wanted = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        embedding: nn.Embedding = super().resize_token_embeddings(
+            padded_vocab_size(wanted), pad_to_multiple_of, mean_resizing
+        )
+        self.config.vocab_size = wanted
+        return embedding
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        output_hidden_states: bool | None,
+    ) -> tuple[Tensor, Packed, tuple[Tensor, ...] | None]:
+        """Padded batch -> `(total_nnz, hidden)`, how to pad it again, all hidden states padded."""
+        self.base_model.check_ids(input_ids)
+        packed = pack(input_ids, attention_mask, token_type_ids)
+        states: list[Tensor] = []
+        x = self.base_model.encode(
+            packed.input_ids,
+            packed.token_type_ids,
+            packed.cu_seqlens,
+            packed.max_seqlen,
+            hidden_states=states if output_hidden_states else None,
+        )
+        return x, packed, tuple(packed.pad(h) for h in states) or None
+
+    def _encode(self, batch: Batch) -> Tensor:
+        """Packed batch -> `(total_nnz, hidden)`."""
+        assert batch.cu_seqlens is not None, "Mosaic BERT trains on packed batches"
+        return self.base_model.encode(
+            batch.input_ids, batch.token_type_ids, batch.cu_seqlens, batch.max_seqlen
+        )
+
+    def flops_per_token(self, seq_len: float) -> float:
+        """FLOPs of forward + backward for one real token in sequences of `seq_len` tokens.
+
+        Heads on whole sequences or of few classes are too small to count.
+        """
+        return self._flops(seq_len, head_parameters=0.0)
+
+    def _flops(self, seq_len: float, head_parameters: float) -> float:
+        config = self.config
+        matrices = sum(p.numel() for p in self.base_model.encoder.parameters() if p.ndim == 2)
+        if config.attention_window is not None:
+            seq_len = min(seq_len, 2 * config.attention_window + 1)
+        width = config.hidden_size * config.num_hidden_layers
+        return training_flops(matrices + head_parameters, width, seq_len)
+
+
+class MosaicBertModel(MosaicBertPreTrainedModel):
+    """The encoder: hidden states, and one vector a sequence.
+
+    `pooler_output` is the trained pooler's where there is one (classification), else the mean over
+    the real tokens: the sentence embedding.
+    """
+
+    def __init__(self, config: MosaicBertConfig, add_pooling_layer: bool = False) -> None:
+        super().__init__(config)
+        self.embeddings = MosaicBertEmbeddings(config)
+        self.encoder = MosaicBertEncoder(config)
+        self.pooler = MosaicBertPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The word embedding."""
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Put another word embedding in."""
+        self.embeddings.word_embeddings = value
+
+    def check_ids(self, input_ids: Tensor) -> None:
+        """Raise ConfigError where an embedding would answer with a device-side assert."""
+        if input_ids.is_floating_point():
+            raise ConfigError(f"input_ids are {input_ids.dtype}: they must be whole numbers.")
+        low, high = (int(x) for x in input_ids.aminmax()) if input_ids.numel() else (0, 0)
+        if low < 0 or high >= self.config.vocab_size:
+            raise ConfigError(
+                f"input_ids reach from {low} to {high}, but the model knows 0 to "
+                f"{self.config.vocab_size - 1}: the tokenizer does not belong to this model."
+            )
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        hidden_states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Packed `input_ids (total_nnz,)` -> `(total_nnz, hidden)`.
+
+        `hidden_states` receives the output of the embeddings and of each layer.
+        """
+        if input_ids.device.type == "cpu":  # elsewhere this would wait for the device
+            self.check_ids(input_ids)
+        x = self.embeddings(input_ids, token_type_ids)
+        plan = self.encoder.plan(x, cu_seqlens, max_seqlen)
+        return self.encoder(x, plan, hidden_states)
+
+    def pool(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """`(total_nnz, hidden)` -> `(batch, hidden)`; see the class."""
+        if self.pooler is not None:
+            return self.pooler(x, cu_seqlens)
+        lengths = cu_seqlens.diff()
+        sums = x.new_zeros(lengths.numel(), x.shape[1])
+        sums = sums.index_add(0, sequence_ids(cu_seqlens, x.shape[0]), x)
+        return sums / lengths.clamp(min=1)[:, None]
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Padded `(batch, seq)` in; `last_hidden_state (batch, seq, hidden)`, zeros at padding."""
+        x, packed, states = self._run(
+            input_ids, attention_mask, token_type_ids, output_hidden_states
+        )
+        return BaseModelOutputWithPooling(
+            last_hidden_state=packed.pad(x),
+            pooler_output=self.pool(x, packed.cu_seqlens),
+            hidden_states=states,
+        )
+
+
+class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
+    """Mosaic BERT with the masked-language-modelling head."""
+
+    _tied_weights_keys = {  # noqa: RUF012
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"
+    }
+    mlm_share = 0.15
+    """Share of the tokens that the head runs on, for `flops_per_token`."""
+
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__(config)
+        self.bert = MosaicBertModel(config)
+        self.cls = MosaicBertMLMHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The decoder, whose weight is the word embedding."""
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Put another decoder in."""
+        self.cls.predictions.decoder = new_embeddings
+
+    def head_loss(self, x: Tensor, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Head and loss on the masked rows only: `(loss_sum, logits (num_target_rows, vocab))`."""
+        logits = self.cls.predictions(x[positions])
+        return cross_entropy_sum(logits, labels), logits
+
+    def loss(self, batch: Batch, return_logits: bool = False) -> LossOutput:
+        """Summed cross-entropy of a packed batch's targets."""
+        assert batch.target_positions is not None
+        x = self._encode(batch)
+        loss_sum, logits = self.head_loss(x, batch.target_positions, batch.labels)
+        return LossOutput(loss_sum, self._real(logits) if return_logits else None)
+
+    def _real(self, logits: Tensor) -> Tensor:
+        """Logits without the vocabulary's padding."""
+        return logits[:, : self.config.vocab_size]
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> MaskedLMOutput:
+        """Padded `(batch, seq)` in; `logits (batch, seq, vocab_size)`, zeros at padding.
+
+        `labels (batch, seq)`: -100 is ignored, and so is padding; `loss` is the mean over the rest.
+        """
+        x, packed, states = self._run(
+            input_ids, attention_mask, token_type_ids, output_hidden_states
+        )
+        logits = self._real(self.cls.predictions(x))
+        loss = None
+        if labels is not None:
+            targets = packed.pack(labels)
+            loss = mean_loss(cross_entropy_sum(logits, targets), targets)
+        return MaskedLMOutput(loss=loss, logits=packed.pad(logits), hidden_states=states)
+
+    def flops_per_token(self, seq_len: float) -> float:
+        """FLOPs of forward + backward for one real token; the head counts for `mlm_share`."""
+        head = sum(p.numel() for p in self.cls.parameters() if p.ndim == 2)
+        return self._flops(seq_len, self.mlm_share * head)
+
+
+class _WithClassifier(MosaicBertPreTrainedModel):
+    """Dropout and a linear classifier, on sequences or on tokens."""
+
+    def __init__(self, config: MosaicBertConfig, add_pooling_layer: bool) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = MosaicBertModel(config, add_pooling_layer)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        dropout = config.classifier_dropout
+        self.dropout = config.hidden_dropout_prob if dropout is None else dropout
+        self.post_init()
+
+    def classify(self, x: Tensor) -> Tensor:
+        """`(rows, hidden)` -> logits `(rows, num_labels)`."""
+        return self.classifier(F.dropout(x, self.dropout, self.training))
+
+
+class MosaicBertForSequenceClassification(_WithClassifier):
+    """Mosaic BERT with a head on each sequence's first token: classes, labels or numbers."""
+
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__(config, add_pooling_layer=True)
+        self.kind = problem_type(config.problem_type, config.num_labels)
+
+    def loss(self, batch: Batch, return_logits: bool = False) -> LossOutput:
+        """Summed loss of a packed batch's sequences."""
+        assert batch.cu_seqlens is not None
+        logits = self.classify(self.bert.pool(self._encode(batch), batch.cu_seqlens))
+        loss_sum = classification_loss_sum(logits, batch.labels, self.kind)
+        return LossOutput(loss_sum, logits if return_logits else None)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> SequenceClassifierOutput:
+        """Padded `(batch, seq)` in; `logits (batch, num_labels)`."""
+        x, packed, states = self._run(
+            input_ids, attention_mask, token_type_ids, output_hidden_states
+        )
+        logits = self.classify(self.bert.pool(x, packed.cu_seqlens))
+        loss = None
+        if labels is not None:
+            loss = mean_loss(classification_loss_sum(logits, labels, self.kind), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=states)
+
+
+class MosaicBertForTokenClassification(_WithClassifier):
+    """Mosaic BERT with a classifier on every token."""
+
+    def __init__(self, config: MosaicBertConfig) -> None:
+        super().__init__(config, add_pooling_layer=False)
+
+    def loss(self, batch: Batch, return_logits: bool = False) -> LossOutput:
+        """Summed cross-entropy of a packed batch's labelled tokens."""
+        logits = self.classify(self._encode(batch))
+        loss_sum = cross_entropy_sum(logits, batch.labels)
+        return LossOutput(loss_sum, logits if return_logits else None)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> TokenClassifierOutput:
+        """Padded `(batch, seq)` in; `logits (batch, seq, num_labels)`, zeros at padding."""
+        x, packed, states = self._run(
+            input_ids, attention_mask, token_type_ids, output_hidden_states
+        )
+        logits = self.classify(x)
+        loss = None
+        if labels is not None:
+            targets = packed.pack(labels)
+            loss = mean_loss(cross_entropy_sum(logits, targets), targets)
+        return TokenClassifierOutput(loss=loss, logits=packed.pad(logits), hidden_states=states)
