@@ -55,7 +55,10 @@ class Monitor(Protocol):
 
 
 class Logger(Protocol):
-    """Somewhere measurements go. The trainer calls it on rank 0 only."""
+    """Somewhere measurements go. The trainer calls it on rank 0 only.
+
+    A logger may also have `start(progress)`: told where the run starts, before the first row.
+    """
 
     def log(self, metrics: Mapping[str, float], progress: Progress) -> None:
         """Note metrics measured at this progress."""
@@ -81,5 +84,3 @@ class TrainResult:
     """Wall clock of this call."""
     tokens_per_second: float
     """Real tokens over the steps' own seconds, without the first step (it compiles)."""
-    stopped_early: str | None = None
-    """Name of the signal that ended the run before its `max_duration`."""

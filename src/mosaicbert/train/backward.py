@@ -1,0 +1,120 @@
+"""The gradients of one optimizer step: microbatches, precision, ranks, and too little memory."""
+
+import logging
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mosaicbert.batch import Batch, LossOutput, Trainable
+from mosaicbert.config.jobs import TrainerConfig
+from mosaicbert.errors import TrainingError
+from mosaicbert.train.distributed import Ranks
+from mosaicbert.train.reducer import GradientReducer
+from mosaicbert.train.split import split_batch
+
+log = logging.getLogger(__name__)
+
+
+class Backward:
+    """Called with a step's microbatches, leaves the gradients of its mean loss in `.grad`.
+
+    The mean is over all targets of all ranks. `precision`: `fp32`; `amp_bf16` and `amp_fp16`
+    (autocast; the latter with a loss scale); `bf16` (weights and all in bfloat16).
+    """
+
+    def __init__(self, model: nn.Module, config: TrainerConfig, ranks: Ranks) -> None:
+        """Move the model to its device and type."""
+        is_gpu = ranks.device.type == "cuda"
+        self.precision = config.precision or ("amp_bf16" if is_gpu else "fp32")
+        self.model = model.to(ranks.device)
+        if self.precision == "bf16":
+            self.model.to(torch.bfloat16)
+        self.ranks = ranks
+        self.seed = config.seed
+        self.may_split = config.device_train_microbatch_size == "auto"
+        self.grid = is_gpu if config.compile is None else config.compile
+        self.num_parts = 1
+        """Parts to cut each microbatch into, since memory ran out."""
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "amp_fp16")
+        self.reducer = GradientReducer([p for p in model.parameters() if p.requires_grad], ranks)
+
+    def forward(self, batch: Batch, return_logits: bool = False) -> LossOutput:
+        """The model's summed loss of a batch that is on the device already."""
+        with self._autocast():
+            return cast(Trainable, self.model).loss(batch, return_logits)
+
+    def __call__(self, microbatches: list[Batch], num_targets: int, batch_number: int) -> Tensor:
+        """Gradients and mean loss (a scalar on the device) over all ranks.
+
+        With `device_train_microbatch_size: auto`, when one rank runs out of memory, all ranks take
+        the step anew with each microbatch in twice as many parts.
+
+        Args:
+            microbatches: this rank's share, on the host; maybe none.
+            num_targets: of all ranks.
+            batch_number: number of the step in the run, for the seed of dropout.
+        """
+        while True:
+            parts = [
+                part
+                for batch in microbatches
+                for part in split_batch(batch, self.num_parts, grid=self.grid)
+            ]
+            self.model.zero_grad()
+            self._seed_dropout(batch_number)
+            loss = torch.zeros((), device=self.ranks.device)
+            out_of_memory = False
+            try:
+                self._accumulate(parts, num_targets, loss)
+            except torch.OutOfMemoryError as error:
+                if not self.may_split:
+                    raise TrainingError(
+                        f"Out of memory at batch {batch_number}. Lower "
+                        "device_train_microbatch_size, or set it to auto."
+                    ) from error
+                out_of_memory = True
+            self.reducer.finish()
+            if not (self.may_split and self.ranks.sum([out_of_memory])[0]):
+                return self.ranks.sum_(loss)
+            self._halve(microbatches, batch_number)
+
+    def _accumulate(self, parts: list[Batch], num_targets: int, loss: Tensor) -> None:
+        """Add up the gradients and, into `loss`, the losses of all parts."""
+        for batch in parts:
+            if batch is parts[-1]:
+                self.reducer.arm()
+            output = self.forward(batch.to(self.ranks.device))
+            share = output.loss_sum / max(num_targets, 1)
+            self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+            loss += share.detach()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if not self.precision.startswith("amp"):
+            return nullcontext()
+        dtype = torch.bfloat16 if self.precision == "amp_bf16" else torch.float16
+        return torch.autocast(self.ranks.device.type, dtype=dtype)
+
+    def _seed_dropout(self, batch_number: int) -> None:
+        """By (seed, step, rank), so that a resumed or repeated step drops the same."""
+        words = [self.seed, batch_number, self.ranks.rank]
+        torch.manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]))
+
+    def _halve(self, microbatches: list[Batch], batch_number: int) -> None:
+        largest = max((batch.num_samples for batch in microbatches), default=1)
+        if self.num_parts >= max(self.ranks.gather(largest)):
+            raise TrainingError(
+                f"Out of memory at batch {batch_number} even with one sequence at a time. Lower "
+                "max_seq_len, set model.gradient_checkpointing: true, or use a smaller model."
+            )
+        self.num_parts *= 2
+        log.warning(
+            "Out of memory at batch %d: taking it again, and each microbatch in %d parts from here "
+            "on. device_train_microbatch_size can name a size that fits.",
+            batch_number,
+            self.num_parts,
+        )
+        if self.ranks.device.type == "cuda":
+            torch.cuda.empty_cache()

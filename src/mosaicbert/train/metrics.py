@@ -1,0 +1,202 @@
+"""Metrics of an evaluation: sums for masked language modelling, scikit-learn for the rest.
+
+Each rank collects its own predictions; `compute` gathers them all, so the result is exact however
+unevenly the ranks share the data. What only fills a batch up carries `IGNORE_INDEX` or NaN as label
+and does not count.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+from sklearn import metrics as sk
+from torch import Tensor
+
+from mosaicbert.batch import IGNORE_INDEX, Batch, LossOutput
+from mosaicbert.errors import ConfigError, did_you_mean
+from mosaicbert.train.distributed import Ranks
+
+log = logging.getLogger(__name__)
+
+Array = NDArray[Any]
+
+
+class Metric(Protocol):
+    """Fed batch by batch on each rank, computed once over all of them."""
+
+    def update(self, output: LossOutput, batch: Batch) -> None:
+        """Take in one microbatch; `output.logits` are there."""
+        ...
+
+    def compute(self, ranks: Ranks) -> dict[str, float]:
+        """The results over all ranks, by name. Every rank must call it."""
+        ...
+
+
+MetricFactory = Callable[[], Metric]
+
+
+class MaskedLM:
+    """`loss` (mean over all masked tokens), `perplexity` and `accuracy` on masked tokens."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None  # (3,) float64 on the device: loss, hits, targets
+
+    def update(self, output: LossOutput, batch: Batch) -> None:
+        """Add a microbatch up, without a wait for the device."""
+        assert output.logits is not None
+        logits = output.logits.reshape(-1, output.logits.shape[-1])
+        labels = batch.labels.reshape(-1)
+        counts = labels != IGNORE_INDEX
+        hits = (logits.argmax(-1) == labels) & counts
+        sums = torch.stack([output.loss_sum.double(), hits.sum().double(), counts.sum().double()])
+        self._sums = sums if self._sums is None else self._sums + sums
+
+    def compute(self, ranks: Ranks) -> dict[str, float]:
+        """NaN where there was no masked token."""
+        mine = [0.0, 0.0, 0.0] if self._sums is None else self._sums.tolist()
+        loss_sum, hits, targets = ranks.sum(mine)
+        if not targets:
+            return {"loss": np.nan, "perplexity": np.nan, "accuracy": np.nan}
+        loss = loss_sum / targets
+        perplexity = float(np.exp(min(loss, 700.0)))
+        return {"loss": loss, "perplexity": perplexity, "accuracy": hits / targets}
+
+
+def _mean_loss(total: float, count: int, ranks: Ranks) -> float:
+    loss_sum, num_targets = ranks.sum([total, float(count)])
+    return loss_sum / num_targets if num_targets else float("nan")
+
+
+def _average(num_labels: int, labels: Array) -> str:
+    return "binary" if num_labels == 2 and labels.ndim == 1 else "macro"
+
+
+Score = Callable[[Array, Array, int], float]
+SCORES: dict[str, Score] = {
+    "accuracy": lambda y, p, n: sk.accuracy_score(y, p),
+    "f1": lambda y, p, n: sk.f1_score(y, p, average=_average(n, y), zero_division=0),
+    "macro_f1": lambda y, p, n: sk.f1_score(
+        y, p, labels=range(n), average="macro", zero_division=0
+    ),
+    "micro_f1": lambda y, p, n: sk.f1_score(y, p, average="micro", zero_division=0),
+    "mcc": lambda y, p, n: sk.matthews_corrcoef(y, p),
+    "precision": lambda y, p, n: sk.precision_score(y, p, average=_average(n, y), zero_division=0),
+    "recall": lambda y, p, n: sk.recall_score(y, p, average=_average(n, y), zero_division=0),
+}
+"""Name -> f(labels, predictions, number of classes). `f1`, `precision` and `recall` are those of
+class 1 where there are two classes, else the mean over classes; `mcc` is Matthews' correlation."""
+
+
+class Classification:
+    """`loss` and the scores asked for: one label a sample or a token, or several (multi-label).
+
+    Of several labels those with a logit above 0 are predicted; `accuracy` then wants all right.
+    """
+
+    def __init__(self, names: Sequence[str] = ("accuracy",)) -> None:
+        self.names = tuple(names)
+        self._loss = 0.0
+        self._num_targets = 0
+        self._num_labels = 0
+        self._predictions: list[Array] = []
+        self._labels: list[Array] = []
+
+    def update(self, output: LossOutput, batch: Batch) -> None:
+        """Keep the predicted classes."""
+        assert output.logits is not None
+        self._num_labels = output.logits.shape[-1]
+        self._loss += float(output.loss_sum)
+        logits, labels = output.logits.reshape(-1, self._num_labels), batch.labels
+        if labels.is_floating_point():  # (batch, num_labels)
+            kept = ~labels.isnan().any(-1)
+            labels, predictions = labels > 0.5, logits > 0
+        else:
+            labels = labels.reshape(-1)
+            kept, predictions = labels != IGNORE_INDEX, logits.argmax(-1)
+        self._labels.append(labels[kept].cpu().numpy())
+        self._predictions.append(predictions[kept].cpu().numpy())
+        self._num_targets += self._labels[-1].size
+
+    def compute(self, ranks: Ranks) -> dict[str, float]:
+        """NaN where there was no label."""
+        labels = ranks.gather_rows(self._labels)
+        predictions = ranks.gather_rows(self._predictions)
+        num_labels = max(ranks.gather(self._num_labels))
+        result = {"loss": _mean_loss(self._loss, self._num_targets, ranks)}
+        for name in self.names:
+            try:
+                score = SCORES[name](labels, predictions, num_labels) if len(labels) else np.nan
+            except ValueError as error:
+                raise ConfigError(f"Metric {name!r} does not fit these labels: {error}.") from None
+            result[name] = float(score)
+        return result
+
+
+CORRELATIONS = {"spearman": stats.spearmanr, "pearson": stats.pearsonr}
+
+
+class Regression:
+    """`loss` and, of `spearman`, `pearson` and `mse`, those asked for."""
+
+    def __init__(self, names: Sequence[str] = ("spearman", "pearson", "mse")) -> None:
+        self.names = tuple(names)
+        self._loss = 0.0
+        self._predictions: list[Array] = []
+        self._labels: list[Array] = []
+
+    def update(self, output: LossOutput, batch: Batch) -> None:
+        """Keep the predictions, logits of `(batch,)` or `(batch, 1)`."""
+        assert output.logits is not None
+        kept = ~batch.labels.isnan()
+        self._loss += float(output.loss_sum)
+        self._labels.append(batch.labels[kept].double().cpu().numpy())
+        self._predictions.append(output.logits.reshape(-1)[kept].double().cpu().numpy())
+
+    def compute(self, ranks: Ranks) -> dict[str, float]:
+        """Correlations are 0 where labels or predictions are all the same."""
+        labels = ranks.gather_rows(self._labels)
+        predictions = ranks.gather_rows(self._predictions)
+        result = {"loss": _mean_loss(self._loss, sum(map(len, self._labels)), ranks)}
+        for name in self.names:
+            if name == "mse":
+                result[name] = float(np.mean((labels - predictions) ** 2))
+            else:
+                result[name] = _correlation(name, labels, predictions)
+        return result
+
+
+def _correlation(name: str, labels: Array, predictions: Array) -> float:
+    if len(labels) < 2 or np.ptp(labels) == 0 or np.ptp(predictions) == 0:
+        log.warning("No %s correlation of constant labels or predictions: it counts as 0.", name)
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # near-constant input: the value stands
+        return float(CORRELATIONS[name](labels, predictions).statistic)
+
+
+def classification_metric(names: Sequence[str] = ("accuracy",)) -> MetricFactory:
+    """A factory of `Classification`; raises `ConfigError` for an unknown name."""
+    _check_names(names, SCORES)
+    return partial(Classification, tuple(names))
+
+
+def regression_metric(names: Sequence[str] = ("spearman", "pearson")) -> MetricFactory:
+    """A factory of `Regression`; raises `ConfigError` for an unknown name."""
+    _check_names(names, [*CORRELATIONS, "mse"])
+    return partial(Regression, tuple(names))
+
+
+def _check_names(names: Sequence[str], known: Collection[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"There is no metric {name!r} for this kind of labels.{did_you_mean(name, known)} "
+                f"Known: {', '.join(known)}."
+            )

@@ -1,0 +1,284 @@
+"""Where checkpoints lie: a save folder, local or any fsspec URI, and the thread that fills it.
+
+A save folder holds checkpoint folders and `latest`, a text file with the name of the newest.
+A local checkpoint is written aside and renamed; a remote one is uploaded with `state.json` last.
+`latest` moves after that. So a kill at any moment leaves the older checkpoint or the new one.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from mosaicbert.errors import CheckpointError, ConfigError, MosaicBertError
+from mosaicbert.train.checkpoint import (
+    STATE_FILE,
+    Checkpoint,
+    read_folder,
+    sync_to_disk,
+    write_folder,
+)
+
+log = logging.getLogger(__name__)
+
+LATEST = "latest"
+PART = ".part-"
+NAME = re.compile(r"ep(\d+)-ba(\d+)")
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
+UPLOAD_WAITS = (1.0, 5.0, 20.0)
+"""Seconds before each further try of a failed upload."""
+
+WriteAssets = Callable[[Path], None]
+
+
+class SaveFolder:
+    """A folder of checkpoints, at a local path or a URI."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path.rstrip("/")
+        try:
+            self.fs, root = fsspec.core.url_to_fs(self.path, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            scheme = self.path.split("://")[0]
+            extra = EXTRAS.get(scheme)
+            advice = f" Install it: pip install 'mosaicbert[{extra}]'." if extra else ""
+            raise ConfigError(
+                f"{self.path}: no way to {scheme}:// here ({error}).{advice}"
+            ) from None
+        self.root = str(root).rstrip("/")
+        self.is_local = isinstance(self.fs, LocalFileSystem)
+
+    def uri(self, name: str) -> str:
+        """Path or URI of one checkpoint."""
+        return f"{self.path}/{name}"
+
+    def names(self) -> list[str]:
+        """Whole checkpoints, oldest first."""
+        try:
+            entries = [str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._list()]
+        except FileNotFoundError:
+            return []
+        found = [name for name in entries if NAME.fullmatch(name)]
+        whole = [name for name in found if self.fs.exists(f"{self.root}/{name}/{STATE_FILE}")]
+        return sorted(whole, key=_batch)
+
+    def newest(self) -> str | None:
+        """The checkpoint `latest` names; without one, that of the highest batch."""
+        names = self.names()
+        try:
+            latest = str(self.fs.cat_file(f"{self.root}/{LATEST}").decode()).strip()
+        except FileNotFoundError:
+            latest = ""
+        if latest in names:
+            return latest
+        if latest and names:
+            log.warning("%s names %s, which is not whole: %s it is.", LATEST, latest, names[-1])
+        return names[-1] if names else None
+
+    def run_of(self, name: str) -> str | None:
+        """Identity of the run that wrote a checkpoint."""
+        try:
+            text = self.fs.cat_file(f"{self.root}/{name}/{STATE_FILE}")
+            return str(json.loads(text)["run_id"])
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+
+    def read(self, name: str) -> Checkpoint:
+        """Read a checkpoint, downloading it first where it is remote."""
+        with self._on_disk(name) as folder:
+            return read_folder(folder)
+
+    def write(self, checkpoint: Checkpoint, write_assets: WriteAssets | None) -> None:
+        """Add a checkpoint, or replace the one of its name; then move `latest`."""
+        if self.is_local:
+            self._write_here(checkpoint, write_assets)
+        else:
+            self._upload(checkpoint, write_assets)
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint; one that is half removed does not count as whole."""
+        self.fs.rm_file(f"{self.root}/{name}/{STATE_FILE}")
+        self.fs.rm(f"{self.root}/{name}", recursive=True)
+
+    def remove_parts(self) -> None:
+        """Remove what killed runs left half-written."""
+        if self.is_local:
+            for path in Path(self.root).glob(f"{PART}*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _list(self) -> list[str]:
+        return list(self.fs.ls(self.root, detail=False))
+
+    @contextmanager
+    def _on_disk(self, name: str) -> Iterator[Path]:
+        if self.is_local:
+            yield Path(self.root) / name
+            return
+        with tempfile.TemporaryDirectory(prefix="mosaicbert-") as folder:
+            try:
+                self.fs.get(f"{self.root}/{name}/", f"{folder}/", recursive=True)
+            except Exception as error:
+                raise CheckpointError(f"{self.uri(name)} cannot be read ({error!r}).") from error
+            yield Path(folder)
+
+    def _write_here(self, checkpoint: Checkpoint, write_assets: WriteAssets | None) -> None:
+        root, name = Path(self.root), checkpoint.name
+        part, old = root / f"{PART}{name}", root / f"{PART}old-{name}"
+        for path in (part, old):
+            shutil.rmtree(path, ignore_errors=True)
+        part.mkdir(parents=True)
+        write_folder(checkpoint, part, write_assets)
+        if (root / name).exists():
+            os.rename(root / name, old)
+        os.rename(part, root / name)
+        sync_to_disk([root])
+        pointer = root / f"{PART}{LATEST}"
+        pointer.write_text(name + "\n", encoding="utf-8")
+        sync_to_disk([pointer])
+        os.replace(pointer, root / LATEST)
+        sync_to_disk([root])
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _upload(self, checkpoint: Checkpoint, write_assets: WriteAssets | None) -> None:
+        target = f"{self.root}/{checkpoint.name}"
+        with tempfile.TemporaryDirectory(prefix="mosaicbert-") as temporary:
+            folder = Path(temporary)
+            write_folder(checkpoint, folder, write_assets)
+            if self.fs.exists(f"{target}/{STATE_FILE}"):
+                self.remove(checkpoint.name)
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            for path in sorted(files, key=lambda path: (path.name == STATE_FILE, path)):
+                _retried(
+                    lambda path=path: self.fs.put_file(  # type: ignore[misc]
+                        str(path), f"{target}/{path.relative_to(folder)}"
+                    )
+                )
+        _retried(lambda: self.fs.pipe_file(f"{self.root}/{LATEST}", checkpoint.name.encode()))
+
+
+def _retried(action: Callable[[], None]) -> None:
+    for wait in UPLOAD_WAITS:
+        try:
+            return action()
+        except Exception as error:
+            log.warning("An upload failed (%r); next try in %g s.", error, wait)
+            time.sleep(wait)
+    return action()
+
+
+def _batch(name: str) -> int:
+    match = NAME.fullmatch(name)
+    assert match
+    return int(match[2])
+
+
+def locate(path: str) -> tuple[SaveFolder, str]:
+    """The checkpoint `path` means: itself, or the newest of a save folder (or its `latest`).
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    parent, _, last = path.rstrip("/").rpartition("/")
+    if last == LATEST or NAME.fullmatch(last):
+        folder = SaveFolder(parent or ("/" if path.startswith("/") else "."))
+        name = folder.newest() if last == LATEST else last
+        if name in folder.names():
+            return folder, name
+    else:
+        folder = SaveFolder(path)
+        name = folder.newest()
+        if name is not None:
+            return folder, name
+    raise CheckpointError(
+        f"load_path: there is no checkpoint of a run at {path}. Name a folder such as "
+        "SAVE_FOLDER/ep0-ba1000, or a save_folder for its newest. To start from other weights, set "
+        "model.pretrained_checkpoint, or load_weights_only: true."
+    )
+
+
+def check_save_folder(folder: SaveFolder, run_id: str | None, overwrite: bool) -> None:
+    """Refuse a save folder with another run's checkpoints, unless it may be overwritten.
+
+    `run_id`: of the run that is being resumed, if any.
+    """
+    newest = folder.newest()
+    if newest is None or overwrite or (run_id and folder.run_of(newest) == run_id):
+        return
+    raise ConfigError(
+        f"save_folder: {folder.path} holds another run's checkpoints (such as {newest}). Set "
+        "autoresume: true to go on with that run, save_overwrite: true to write over it, or "
+        "choose another run_name or save_folder."
+    )
+
+
+class CheckpointWriter:
+    """Writes checkpoints in a thread of its own, one at a time. For rank 0.
+
+    An error surfaces at the next `save` or at `wait`. Of this run's checkpoints the newest `keep`
+    stay (-1: all).
+    """
+
+    def __init__(
+        self, folder: SaveFolder, run_id: str, keep: int, write_assets: WriteAssets | None
+    ) -> None:
+        self.folder = folder
+        self.run_id = run_id
+        self.keep = keep
+        self.newest: str | None = None
+        """Name of the last checkpoint that is whole."""
+        self._write_assets = write_assets
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Begin to write; waits only for a checkpoint that is still being written."""
+        self.wait()
+        # Not a daemon: a run that ends in an error still completes its last checkpoint.
+        self._thread = threading.Thread(
+            target=self._work, args=(checkpoint,), name=f"checkpoint-{checkpoint.name}"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written.
+
+        Raises:
+            CheckpointError: writing failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _work(self, checkpoint: Checkpoint) -> None:
+        try:
+            self.folder.write(checkpoint, self._write_assets)
+            self.newest = checkpoint.name
+            if self.keep > 0:
+                own = [name for name in self.folder.names() if self._is_own(name)]
+                for name in own[: -self.keep]:
+                    if name != checkpoint.name:
+                        self.folder.remove(name)
+        except MosaicBertError as error:
+            self._error = error
+        except Exception as error:
+            self._error = CheckpointError(
+                f"{self.folder.uri(checkpoint.name)} cannot be written ({error!r}). Check space, "
+                "rights and connection; with autoresume: true the run goes on from the one before."
+            )
+            self._error.__cause__ = error
+
+    def _is_own(self, name: str) -> bool:
+        return self.folder.run_of(name) == self.run_id
