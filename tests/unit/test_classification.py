@@ -206,16 +206,17 @@ def test_packed_and_padded_batches_hold_the_same_pairs() -> None:
 
 
 def test_a_small_model_learns_the_bundled_task() -> None:
-    train, validation = sample_examples("train"), sample_examples("validation")
+    whole = sample_examples("train")
+    train, validation = whole.take(range(400)), whole.take(range(400, 600))
     torch.manual_seed(0)
-    model = nn.EmbeddingBag(4096, train.num_labels, mode="mean")
+    model = nn.EmbeddingBag(1024, train.num_labels, mode="mean")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     loader = loader_for(train, drop_last=True)
     for epoch in range(3):
         for step in loader.steps(epoch):
             for batch in step.microbatches:
                 assert batch.cu_seqlens is not None
-                logits = model(batch.input_ids % 4096, batch.cu_seqlens[:-1].long())
+                logits = model(batch.input_ids % 1024, batch.cu_seqlens[:-1].long())
                 nn.functional.cross_entropy(logits, batch.labels).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -223,6 +224,6 @@ def test_a_small_model_learns_the_bundled_task() -> None:
     for step in loader_for(validation, shuffle=False).steps(0):
         for batch in step.microbatches:
             assert batch.cu_seqlens is not None
-            logits = model(batch.input_ids % 4096, batch.cu_seqlens[:-1].long())
+            logits = model(batch.input_ids % 1024, batch.cu_seqlens[:-1].long())
             right += int((logits.argmax(1) == batch.labels).sum())
     assert right / len(validation) > 0.6

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,11 @@ class TokenExamples:
     def num_labels(self) -> int:
         """Tags there are."""
         return len(self.label_names)
+
+    @property
+    def kind(self) -> Literal["token_classification"]:
+        """What tells these examples from `Examples`."""
+        return "token_classification"
 
     def take(self, rows: Sequence[int] | NDArray[np.integer]) -> "TokenExamples":
         """Some of the sentences, in the order of `rows`."""
