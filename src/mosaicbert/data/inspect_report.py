@@ -90,9 +90,10 @@ def draw_lengths(reports: Sequence[Report], path: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for report in reports:
-        lows = [max(low, 0.5) for low, _, _ in report.histogram]
+        edges = [max(low, 0.5) for low, _, _ in report.histogram]
+        edges += [2 * low for low, _, _ in report.histogram[-1:]]
         shares = [count / max(report.samples, 1) for _, _, count in report.histogram]
-        axes.step(lows, shares, where="post", label=f"{report.folder} ({report.samples:,})")
+        axes.stairs(shares, edges, label=f"{report.folder} ({report.samples:,} samples)")
         axes.set_xlabel(f"length of a sample ({report.unit})")
     axes.set_xscale("log", base=2)
     axes.set_ylabel("share of samples")

@@ -271,7 +271,7 @@ class MDSWriter:
     ) -> None:
         if compression is not None:
             parse_compression(compression)
-        self._hashes = tuple(hashes)
+        self._hashes = tuple(sorted(set(hashes)))
         _hashes(b"", self._hashes)
         self._folder, self._prefix, self._with_index = out, prefix, with_index
         self._compression, self._size_limit = compression, size_limit
