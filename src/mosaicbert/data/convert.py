@@ -116,6 +116,8 @@ def _requests(args: argparse.Namespace) -> list[Request]:
         parse_compression(args.compression)
     if args.val_fraction is not None and not 0 < args.val_fraction < 1:
         raise ConfigError(f"--val_fraction {args.val_fraction} is not between 0 and 1.")
+    if args.num_workers is not None and args.num_workers < 1:
+        raise ConfigError(f"--num_workers {args.num_workers} is not a number of processes.")
     if not 0 < args.size_limit < 1 << 32:
         raise ConfigError(f"--size_limit {args.size_limit} is not between 1 and 4 GiB.")
     subset = args.data_subset or NAMED_DATASETS.get(args.dataset, ("", None))[1]
@@ -272,10 +274,7 @@ def _tasks(
 
 
 def _run(tasks: list[Task], args: argparse.Namespace) -> None:
-    num_workers = args.num_workers or len(os.sched_getaffinity(0))
-    if num_workers < 1:
-        raise ConfigError(f"--num_workers {num_workers} is not a number of processes.")
-    num_workers = min(num_workers, len(tasks))
+    num_workers = min(args.num_workers or len(os.sched_getaffinity(0)), len(tasks))
     with _progress(sum(piece.size for _, _, piece in tasks), args.quiet) as report:
         if args.engine == "ray":
             run_ray(tasks, report)

@@ -363,6 +363,7 @@ def finish(folder: Path) -> Summary:
     if gone:
         raise DataError(f"{gone} is missing or cut short. Run the same `mosaicbert convert` again.")
     if not shards:
+        shutil.rmtree(folder)
         raise DataError(f"{request.dataset}, split {request.split}: there is no document in it.")
     write_tokenization(folder, request.form)
     write_index(folder, shards)

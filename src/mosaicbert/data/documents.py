@@ -12,7 +12,6 @@ from typing import Any, BinaryIO
 
 from mosaicbert.data.compression import decompressed
 from mosaicbert.data.sources import FilePart, HubPart, Part, hub_dataset, kind_of
-from mosaicbert.data.tables import iter_table
 from mosaicbert.errors import DataError, did_you_mean
 
 _CHUNK_BYTES = 1 << 20
@@ -202,13 +201,15 @@ def _no_column(column: str, there: Any) -> str:
 
 
 def _table_documents(path: Path, column: str) -> Iterator[str]:
+    from mosaicbert.data.tables import iter_table  # pyarrow takes long to import
+
     row = 0
     for table in iter_table(path, [column], batch_rows=1024):
         for text in table[column]:
             row += 1
             if not isinstance(text, str):
                 raise DataError(f'{path}, row {row}: "{column}" is no text but {text!r:.60}.')
-                yield text
+            yield text
 
 
 def _hub_documents(part: HubPart, column: str) -> Iterator[str]:
