@@ -57,7 +57,7 @@ def test_intervals_in_shares_of_the_run():
 
 def test_subsets_of_batches():
     loader = TinyLoader()
-    trainer, recorder = make_trainer(
+    trainer, _ = make_trainer(
         loader=loader, max_duration="2ep", train_subset_num_batches=3, eval_subset_num_batches=1
     )
     progress = trainer.fit().progress

@@ -57,6 +57,7 @@ class Saving:
             ConfigError: the save folder is another run's.
             CheckpointError: there is no such checkpoint, or it does not fit.
         """
+        self.ranks.from_first(self._recover)
         source = self.ranks.from_first(self._source)
         if source is None:
             self.ranks.broadcast_(list(self.model.state_dict().values()))
@@ -120,6 +121,10 @@ class Saving:
     def _named(self, path: str) -> str:
         return path.replace("{run_name}", self.config.run_name)
 
+    def _recover(self) -> None:
+        if self.config.save_folder is not None:
+            SaveFolder(self._named(self.config.save_folder)).recover()
+
     def _source(self) -> str | None:
         """The checkpoint to resume from, if any: `autoresume` comes before `load_path`."""
         config = self.config
@@ -170,7 +175,6 @@ class Saving:
             return
         folder = SaveFolder(self._named(self.config.save_folder))
         check_save_folder(folder, run_id, self.config.save_overwrite)
-        folder.remove_parts()
         keep = self.config.save_num_checkpoints_to_keep
         self._writer = CheckpointWriter(
             folder, run_id or uuid.uuid4().hex, keep, self._write_assets

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 LATEST = "latest"
 PART = ".part-"
+ASIDE = ".part-old-"
 NAME = re.compile(r"ep(\d+)-ba(\d+)")
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
 UPLOAD_WAITS = (1.0, 5.0, 20.0)
@@ -110,11 +111,17 @@ class SaveFolder:
         self.fs.rm_file(f"{self.root}/{name}/{STATE_FILE}")
         self.fs.rm(f"{self.root}/{name}", recursive=True)
 
-    def remove_parts(self) -> None:
-        """Remove what killed runs left half-written."""
-        if self.is_local:
-            for path in Path(self.root).glob(f"{PART}*"):
-                shutil.rmtree(path, ignore_errors=True)
+    def recover(self) -> None:
+        """Clear away what a killed run left half-written, and put back what it had set aside."""
+        if not self.is_local:
+            return
+        root = Path(self.root)
+        for path in root.glob(f"{ASIDE}*"):
+            name = path.name.removeprefix(ASIDE)
+            if not (root / name).exists():
+                os.rename(path, root / name)
+        for path in root.glob(f"{PART}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _list(self) -> list[str]:
         return list(self.fs.ls(self.root, detail=False))
@@ -133,7 +140,7 @@ class SaveFolder:
 
     def _write_here(self, checkpoint: Checkpoint, write_assets: WriteAssets | None) -> None:
         root, name = Path(self.root), checkpoint.name
-        part, old = root / f"{PART}{name}", root / f"{PART}old-{name}"
+        part, old = root / f"{PART}{name}", root / f"{ASIDE}{name}"
         for path in (part, old):
             shutil.rmtree(path, ignore_errors=True)
         part.mkdir(parents=True)
