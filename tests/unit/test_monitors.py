@@ -17,7 +17,6 @@ from mosaicbert.train.monitors import (
     SpeedMonitor,
     TimeLeft,
     build_monitors,
-    is_due,
 )
 from mosaicbert.train.record import StepRecord
 
@@ -101,20 +100,6 @@ def test_time_and_cost_left_from_differences_of_the_clock():
     assert metrics["cost/remaining_estimate"] == pytest.approx(0.8)
     assert metrics["cost/spent"] == pytest.approx(0.04)
     assert estimator.after_step(record(10), None)["time/remaining_estimate"] == 0
-
-
-@pytest.mark.parametrize(
-    ("interval", "batches"),
-    [("3ba", [3, 6, 9]), ("20sp", [2, 4, 6, 8, 10]), ("0.5dur", [5, 10]), ("0ba", [])],
-)
-def test_intervals(interval, batches):
-    total, due, last = Duration(10, "ba"), [], Progress()
-    for batch in range(1, 11):
-        now = Progress(batch=batch, sample=batch * 10)
-        if is_due(Duration.parse(interval), last, now, total):
-            due.append(batch)
-        last = now
-    assert due == batches
 
 
 def test_optimizer_norms_per_parameter():

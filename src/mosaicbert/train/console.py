@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mosaicbert.duration import Duration, Progress
-from mosaicbert.train.monitors import TimeLeft, is_due
+from mosaicbert.train.monitors import TimeLeft
 from mosaicbert.train.record import Logger
+from mosaicbert.train.schedule import is_due
 
 LOSS = "loss/train/total"
 CHECKPOINT = "checkpoint/batch"

@@ -23,6 +23,7 @@ from mosaicbert.duration import Duration, Progress
 from mosaicbert.errors import TrainingError
 from mosaicbert.train.hardware import find_device
 from mosaicbert.train.record import Monitor, StepRecord
+from mosaicbert.train.schedule import is_due
 
 if TYPE_CHECKING:
     from mosaicbert.train.trainer import Trainer
@@ -265,17 +266,6 @@ def norms(tensors: Iterable[Tensor]) -> list[float]:
     """L2 norms in float32, brought to the host in one copy."""
     found = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
     return torch.stack(found).tolist() if found else []
-
-
-def is_due(interval: Duration, before: Progress, now: Progress, total: Duration) -> bool:
-    """Whether a multiple of `interval` was reached between two steps; 0 never is."""
-    if interval.value == 0:
-        return False
-    if interval.unit == "dur":
-        done = (now.fraction_of(total), before.fraction_of(total))
-    else:
-        done = (now.count(interval.unit), before.count(interval.unit))
-    return math.floor(done[0] / interval.value) > math.floor(done[1] / interval.value)
 
 
 class HealthChecker:
