@@ -3,6 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
+from mosaicbert.config import TrainerConfig
 from mosaicbert.duration import Duration, Progress
 from mosaicbert.train.console import PlainLines, ProgressDisplay, build_console, clock, place
 
@@ -19,14 +20,11 @@ def at(batch):
     return Progress(batch=batch, sample=batch * 4096, seconds=float(batch))
 
 
-def build(console, interval="1ba", total="1000ba", **options):
-    options = {"progress_bar": True, "log_to_console": True, "rank": 0} | options
-    return build_console(
-        interval=Duration.parse(interval),
-        total=Duration.parse(total),
-        console=console,
-        **options,
+def build(console, interval="1ba", total="1000ba", rank=0, **options):
+    config = TrainerConfig(
+        max_duration=total, console_log_interval=interval, global_train_batch_size=1, **options
     )
+    return build_console(config, Duration.parse(total), rank=rank, console=console)
 
 
 def pipe():
@@ -42,12 +40,12 @@ def test_plain_lines_where_the_output_is_no_terminal():
     logger = build(console)
     assert isinstance(logger, PlainLines)
     logger.log(STEP, at(120))
-    logger.log({"metrics/eval/accuracy": 0.5, "metrics/eval/loss": 3.25}, at(120))
+    logger.log({"metrics/eval/accuracy": 0.5, "metrics/mnli_mm/f1": 0.25}, at(120))
     logger.log({"checkpoint/batch": 120.0}, at(120))
     logger.close()
     assert console.file.getvalue().splitlines() == [
         "ba 120/1000  loss 10.1235  lr 4.80e-04  1.5M tok/s  MFU 35.1%  1h03m left",
-        "eval at ba 120: accuracy 0.5000  loss 3.2500",
+        "eval at ba 120: accuracy 0.5000  mnli_mm/f1 0.2500",
         "checkpoint at ba 120",
     ]
 

@@ -84,7 +84,7 @@ def test_learning_rates():
 
 
 def test_memory_of_the_process():
-    metrics = MemoryMonitor(cuda=False).after_step(record(), None)
+    metrics = MemoryMonitor(torch.device("cpu")).after_step(record(), None)
     assert 0.01 < metrics["memory/rss"] <= metrics["memory/peak_rss"] * 1.01
 
 
@@ -93,13 +93,14 @@ def test_time_and_cost_left_from_differences_of_the_clock():
     estimator = RuntimeEstimator(
         TimeLeft(Duration(10, "ba"), clock=lambda: next(now)), cost_per_hour=36.0
     )
-    first = estimator.after_step(record(1), None)
+    trainer = SimpleNamespace(batches_per_epoch=None)
+    first = estimator.after_step(record(1), trainer)
     assert "time/remaining_estimate" not in first
-    metrics = estimator.after_step(record(2), None)
+    metrics = estimator.after_step(record(2), trainer)
     assert metrics["time/remaining_estimate"] == pytest.approx(80 / 3600)
     assert metrics["cost/remaining_estimate"] == pytest.approx(0.8)
     assert metrics["cost/spent"] == pytest.approx(0.04)
-    assert estimator.after_step(record(10), None)["time/remaining_estimate"] == 0
+    assert estimator.after_step(record(10), trainer)["time/remaining_estimate"] == 0
 
 
 def test_optimizer_norms_per_parameter():
@@ -107,7 +108,7 @@ def test_optimizer_norms_per_parameter():
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    trainer = SimpleNamespace(model=model, optimizer=optimizer)
+    trainer = SimpleNamespace(model=model, optimizer=optimizer, batches_per_epoch=None)
     monitor = OptimizerMonitor(OptimizerMonitorConfig(interval="2ba"), Duration(10, "ba"))
     assert monitor.after_step(record(1), trainer) == {}
     metrics = monitor.after_step(record(2), trainer)
@@ -181,7 +182,10 @@ def test_a_spike_can_stop_and_a_new_level_is_no_spike_for_ever():
     assert verdicts[-1] == "go"
 
 
-def test_build_monitors_takes_what_the_yaml_names(caplog):
+CPU = torch.device("cpu")
+
+
+def test_build_monitors_takes_what_the_yaml_names(caplog, monkeypatch):
     caplog.set_level("INFO")
     config = CallbacksConfig.model_validate(
         {
@@ -194,7 +198,7 @@ def test_build_monitors_takes_what_the_yaml_names(caplog):
         }
     )
     arguments = {"flops_per_token": 1.0, "world_size": 1, "total": Duration(10, "ba")}
-    built = build_monitors(config, device_name="cpu", **arguments)
+    built = build_monitors(config, device=CPU, **arguments)
     assert [type(monitor).__name__ for monitor in built] == [
         "SpeedMonitor",
         "LRMonitor",
@@ -204,8 +208,9 @@ def test_build_monitors_takes_what_the_yaml_names(caplog):
         "HealthChecker",
     ]
     assert "No MFU" in caplog.text
-    assert build_monitors(CallbacksConfig(), device_name="cpu", **arguments) == []
+    assert build_monitors(CallbacksConfig(), device=CPU, **arguments) == []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     only_speed = CallbacksConfig.model_validate({"speed_monitor": {}})
-    (known,) = build_monitors(only_speed, device_name="NVIDIA H100 80GB HBM3", **arguments)
+    (known,) = build_monitors(only_speed, device=torch.device("cuda"), **arguments)
     assert isinstance(known, SpeedMonitor)
     assert known.peak_flops == pytest.approx(989.4e12)

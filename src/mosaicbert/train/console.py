@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mosaicbert.config.jobs import TrainerConfig
 from mosaicbert.duration import Duration, Progress
 from mosaicbert.train.monitors import TimeLeft
 from mosaicbert.train.record import Logger
@@ -19,41 +20,62 @@ from mosaicbert.train.schedule import is_due
 LOSS = "loss/train/total"
 CHECKPOINT = "checkpoint/batch"
 """Metric by which the trainer says that a checkpoint is whole."""
-EVAL = "metrics/eval/"
+EVAL = "metrics/"
+"""Prefix of what evaluations log: `metrics/LOADER/METRIC`."""
 
 
 def build_console(
-    *,
-    progress_bar: bool,
-    log_to_console: bool,
-    interval: Duration,
+    config: TrainerConfig,
     total: Duration,
-    rank: int,
+    *,
+    rank: int = 0,
     batches_per_epoch: int | None = None,
     console: Console | None = None,
 ) -> Logger | None:
     """The progress display (`progress_bar`, on a terminal), plain lines (`log_to_console`) or None.
 
-    `interval`: `console_log_interval`, for plain lines. Rank 0 alone shows anything.
+    Rank 0 alone shows anything. With `batches_per_epoch` the time left is known within an epoch.
     """
     console = console or Console(highlight=False)
     if rank != 0:
         return None
-    time_left = TimeLeft(total, batches_per_epoch)
-    if progress_bar and console.is_terminal and not console.is_dumb_terminal:
-        return ProgressDisplay(console, total, time_left)
-    return PlainLines(console, total, time_left, interval) if log_to_console else None
+    course = Course(total, batches_per_epoch)
+    if config.progress_bar and console.is_terminal and not console.is_dumb_terminal:
+        return ProgressDisplay(console, course)
+    if not config.log_to_console:
+        return None
+    return PlainLines(console, course, Duration.parse(config.console_log_interval))
+
+
+class Course:
+    """How far a run is, and how long it has left."""
+
+    def __init__(self, total: Duration, batches_per_epoch: int | None) -> None:
+        self.total = total
+        self.batches_per_epoch = batches_per_epoch
+        self._time_left = TimeLeft(total)
+
+    def done(self, progress: Progress) -> float:
+        """Share of the run."""
+        return min(progress.fraction_of(self.total, self.batches_per_epoch), 1.0)
+
+    def seconds_left(self, metrics: Mapping[str, float], progress: Progress) -> float | None:
+        """The runtime estimator's figure where there is one, else our own."""
+        own = self._time_left.update(progress, self.batches_per_epoch)
+        hours = metrics.get("time/remaining_estimate")
+        return own if hours is None else hours * 3600
+
+    def is_due(self, interval: Duration, before: Progress, now: Progress) -> bool:
+        """Whether a multiple of `interval` lies between."""
+        return is_due(interval, before, now, self.total, self.batches_per_epoch)
 
 
 class PlainLines:
     """One line an interval, one an evaluation, one a checkpoint."""
 
-    def __init__(
-        self, console: Console, total: Duration, time_left: TimeLeft, interval: Duration
-    ) -> None:
+    def __init__(self, console: Console, course: Course, interval: Duration) -> None:
         self.console = console
-        self.total = total
-        self.time_left = time_left
+        self.course = course
         self.interval = interval
         self._last = Progress()
 
@@ -63,17 +85,14 @@ class PlainLines:
             self._print(line)
         if LOSS not in metrics:
             return
-        left = seconds_left(metrics, self.time_left.update(progress))
+        left = self.course.seconds_left(metrics, progress)
         before, self._last = self._last, progress
-        if is_due(self.interval, before, progress, self.total):
-            where = f"ba {progress.batch}"
-            if self.total.unit == "ba":
-                where += f"/{self.total.value:g}"
-            else:
-                where += (
-                    f" {progress.fraction_of(self.total, self.time_left.batches_per_epoch):.0%}"
-                )
-            self._print("  ".join([where, *step_words(metrics, left)]))
+        if self.course.is_due(self.interval, before, progress):
+            total = self.course.total
+            share = (
+                f"/{total.value:g}" if total.unit == "ba" else f" {self.course.done(progress):.0%}"
+            )
+            self._print("  ".join([f"ba {progress.batch}{share}", *step_words(metrics, left)]))
 
     def close(self) -> None:
         """Nothing is held open."""
@@ -85,10 +104,9 @@ class PlainLines:
 class ProgressDisplay:
     """A bar and the newest figures, in place; evaluations and checkpoints scroll by above."""
 
-    def __init__(self, console: Console, total: Duration, time_left: TimeLeft) -> None:
+    def __init__(self, console: Console, course: Course) -> None:
         self.console = console
-        self.total = total
-        self.time_left = time_left
+        self.course = course
         self._live = Live(console=console, refresh_per_second=4)
         self._last_eval = ""
         self._last_checkpoint = ""
@@ -103,7 +121,7 @@ class ProgressDisplay:
             else:
                 self._last_checkpoint = line
         if LOSS in metrics:
-            left = seconds_left(metrics, self.time_left.update(progress))
+            left = self.course.seconds_left(metrics, progress)
             self._live.update(self._draw(metrics, progress, left))
 
     def close(self) -> None:
@@ -112,8 +130,8 @@ class ProgressDisplay:
 
     def _draw(self, metrics: Mapping[str, float], progress: Progress, left: float | None) -> Table:
         width = min(self.console.width, 80)
-        done = progress.fraction_of(self.total, self.time_left.batches_per_epoch)
-        where = place(progress, self.total)
+        done = self.course.done(progress)
+        where = place(progress, self.course.total)
         grid = Table.grid()
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
@@ -155,17 +173,11 @@ def event_lines(metrics: Mapping[str, float], progress: Progress) -> list[str]:
     lines = []
     scores = {name.removeprefix(EVAL): v for name, v in metrics.items() if name.startswith(EVAL)}
     if scores:
-        words = [f"{name} {value:.4f}" for name, value in scores.items()]
+        words = [f"{name.removeprefix('eval/')} {value:.4f}" for name, value in scores.items()]
         lines.append(f"eval at ba {progress.batch}: {'  '.join(words)}")
     if CHECKPOINT in metrics:
         lines.append(f"checkpoint at ba {int(metrics[CHECKPOINT])}")
     return lines
-
-
-def seconds_left(metrics: Mapping[str, float], own: float | None) -> float | None:
-    """The runtime estimator's figure where there is one, else our own."""
-    hours = metrics.get("time/remaining_estimate")
-    return own if hours is None else hours * 3600
 
 
 def clock(seconds: float) -> str:

@@ -42,28 +42,27 @@ def build_monitors(
     *,
     flops_per_token: Callable[[float], float] | float,
     world_size: int,
-    device_name: str,
+    device: torch.device,
     total: Duration,
-    batches_per_epoch: int | None = None,
 ) -> list[Monitor]:
     """The monitors that `callbacks` asks for.
 
     `flops_per_token`: FLOPs of forward + backward for one real token, given the mean length of a
-    sequence. `device_name`: as torch gives it, or "cpu". `total`: `max_duration`.
+    sequence. `total`: `max_duration`.
     """
     monitors: list[Monitor] = []
     if config.speed_monitor is not None:
-        peak = config.speed_monitor.gpu_flops_available or _known_peak(device_name)
+        peak = config.speed_monitor.gpu_flops_available or _known_peak(device)
         monitors.append(
             SpeedMonitor(config.speed_monitor.window_size, flops_per_token, world_size, peak)
         )
     if config.lr_monitor is not None:
         monitors.append(LRMonitor())
     if config.memory_monitor is not None:
-        monitors.append(MemoryMonitor(cuda=device_name != "cpu"))
+        monitors.append(MemoryMonitor(device))
     if config.runtime_estimator is not None:
         cost = config.runtime_estimator.cost_per_hour
-        monitors.append(RuntimeEstimator(TimeLeft(total, batches_per_epoch), cost))
+        monitors.append(RuntimeEstimator(TimeLeft(total), cost))
     if config.optimizer_monitor is not None:
         monitors.append(OptimizerMonitor(config.optimizer_monitor, total))
     if config.health_checker is not None:
@@ -71,16 +70,16 @@ def build_monitors(
     return monitors
 
 
-def _known_peak(device_name: str) -> float | None:
-    device = find_device(device_name)
-    if device is None:
+def _known_peak(device: torch.device) -> float | None:
+    name = "this CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    known = find_device(name)
+    if known is None:
         log.info(
-            "No MFU: the peak FLOP/s of %r is not known. "
+            "No MFU: the peak FLOP/s of %s is not known. "
             "callbacks.speed_monitor.gpu_flops_available can name it.",
-            device_name,
+            name,
         )
-        return None
-    return device.flops
+    return known.flops if known else None
 
 
 class SpeedMonitor:
@@ -153,16 +152,16 @@ class LRMonitor:
 class MemoryMonitor:
     """Memory of this rank in gigabytes (1e9 bytes): of the GPU, or of the process on a CPU."""
 
-    def __init__(self, cuda: bool) -> None:
-        self.cuda = cuda
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
     def after_step(self, record: StepRecord, trainer: "Trainer") -> dict[str, float]:
         """Now and at the peak; `alloc_retries` above 0 means that memory is too tight."""
-        if not self.cuda:
+        if self.device.type == "cpu":
             peak, current = resident_bytes()
             metrics = {"memory/peak_rss": peak / GIGABYTE}
             return metrics if current is None else metrics | {"memory/rss": current / GIGABYTE}
-        stats = torch.cuda.memory_stats()
+        stats = torch.cuda.memory_stats(self.device)
         return {
             "memory/current_allocated_mem": stats["allocated_bytes.all.current"] / GIGABYTE,
             "memory/peak_allocated_mem": stats["allocated_bytes.all.peak"] / GIGABYTE,
@@ -193,17 +192,15 @@ class TimeLeft:
     def __init__(
         self,
         total: Duration,
-        batches_per_epoch: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total = total
-        self.batches_per_epoch = batches_per_epoch
         self.clock = clock
         self._start: tuple[float, float] | None = None
 
-    def update(self, progress: Progress) -> float | None:
+    def update(self, progress: Progress, batches_per_epoch: int | None = None) -> float | None:
         """Seconds left, or None as long as no progress can be seen."""
-        done, now = progress.fraction_of(self.total, self.batches_per_epoch), self.clock()
+        done, now = progress.fraction_of(self.total, batches_per_epoch), self.clock()
         if self._start is None:
             self._start = (now, done)
         elapsed, advanced = now - self._start[0], done - self._start[1]
@@ -219,7 +216,7 @@ class RuntimeEstimator:
 
     def after_step(self, record: StepRecord, trainer: "Trainer") -> dict[str, float]:
         """`time/remaining_estimate` in hours, once progress can be seen."""
-        seconds = self.time_left.update(record.progress)
+        seconds = self.time_left.update(record.progress, trainer.batches_per_epoch)
         metrics = {} if seconds is None else {"time/remaining_estimate": seconds / 3600}
         if self.cost_per_hour is not None:
             metrics["cost/spent"] = record.progress.seconds / 3600 * self.cost_per_hour
@@ -241,7 +238,9 @@ class OptimizerMonitor:
 
     def after_step(self, record: StepRecord, trainer: "Trainer") -> dict[str, float]:
         """Norms, at the interval; one wait for the device for all of them."""
-        due = is_due(self.interval, self._last, record.progress, self.total)
+        due = is_due(
+            self.interval, self._last, record.progress, self.total, trainer.batches_per_epoch
+        )
         self._last = record.progress
         if not due:
             return {}
