@@ -4,7 +4,6 @@ import argparse
 import itertools
 import json
 import logging
-import shutil
 import sys
 import tempfile
 import time
@@ -16,9 +15,11 @@ import fsspec
 import numpy as np
 from numpy.typing import NDArray
 
+from mosaicbert.config.sections import DatasetConfig
 from mosaicbert.data.convert_samples import TOKENIZATION, check_tokenization, read_tokenization
+from mosaicbert.data.folders import open_folder, streams_of
 from mosaicbert.data.inspect_report import Report, draw_lengths
-from mosaicbert.data.mds import INDEX, Shard, ShardInfo, ensure_raw, parse_index, read_index, verify
+from mosaicbert.data.mds import INDEX, Shard, ShardInfo, ensure_raw, read_index, verify
 from mosaicbert.data.mds_files import write_whole
 from mosaicbert.errors import DataError
 
@@ -296,28 +297,23 @@ def _masked_examples(report: Report, args: argparse.Namespace) -> list[dict[str,
 
 
 def _copy(remote: str, local: Path, split: str | None) -> None:
-    """Copy the data sets below a folder or URI that are not whole here yet."""
+    """Copy the data sets below a folder or URI, as a training run does."""
     try:
         system, root = fsspec.core.url_to_fs(remote)
-        indexes = [f"{root}/{split}/{INDEX}"] if split else system.glob(f"{root}/{INDEX}")
-        for index in indexes or system.glob(f"{root}/*/{INDEX}"):
-            source = index.rsplit("/", 1)[0]
-            folder = local / source.removeprefix(root).strip("/")
-            folder.mkdir(parents=True, exist_ok=True)
-            text = system.cat_file(index)
-            for info in parse_index(text, index):
-                name = info.zip_basename or info.raw_basename
-                size = info.zip_bytes or info.raw_bytes
-                if not (folder / name).exists() or (folder / name).stat().st_size != size:
-                    _copy_file(system, f"{source}/{name}", folder / name)
-            if system.exists(f"{source}/{TOKENIZATION}"):
-                _copy_file(system, f"{source}/{TOKENIZATION}", folder / TOKENIZATION)
-            with write_whole(folder / INDEX) as file:
-                file.write(text)
+        indexes = (
+            [] if split else [*system.glob(f"{root}/{INDEX}"), *system.glob(f"{root}/*/{INDEX}")]
+        )
     except (OSError, ImportError, ValueError) as error:
-        raise DataError(f"--remote_path {remote} cannot be copied to {local}: {error}") from error
-
-
-def _copy_file(system: Any, source: str, target: Path) -> None:
-    with system.open(source, "rb") as remote, write_whole(target) as file:
-        shutil.copyfileobj(remote, file, 1 << 20)
+        raise DataError(f"--remote_path {remote} cannot be listed: {error}") from error
+    found = [index.removeprefix(root).removesuffix(INDEX).strip("/") for index in indexes]
+    if not split and not found:
+        raise DataError(f"--remote_path {remote}: neither it nor a folder in it has an {INDEX}.")
+    for name in [split] if split else found:
+        config = DatasetConfig(local=str(local), remote=remote, split=name, keep_zip=True)
+        folder = open_folder(config, "--remote_path", streams_of(config)["dataset"])
+        for info in folder.shards:
+            folder.fetch(info)
+        note = f"{root}/{name}/{TOKENIZATION}"
+        if folder.remote is not None and system.exists(note):
+            with write_whole(folder.local / TOKENIZATION) as file:
+                file.write(system.cat_file(note))
