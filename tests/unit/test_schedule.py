@@ -67,11 +67,16 @@ def test_units_can_be_mixed(total, warmup, name):
     assert curve(total, name=name, t_warmup=warmup, t_decay="0.3dur") == pytest.approx(expected)
 
 
+NAMES = [
+    "constant_with_warmup",
+    "linear_decay_with_warmup",
+    "cosine_with_warmup",
+    "warmup_stable_decay",
+]
+
+
 @given(
-    name=st.sampled_from(
-        ["constant_with_warmup", "linear_decay_with_warmup", "cosine_with_warmup"]
-        + ["warmup_stable_decay"]
-    ),
+    name=st.sampled_from(NAMES),
     warmup=st.floats(0, 0.5),
     decay=st.floats(0, 0.5),
     alpha=st.floats(0, 1),

@@ -1,5 +1,7 @@
 """Microbatches cut into parts: the same samples and targets."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -29,8 +31,7 @@ def test_packed_parts_hold_the_same_samples_and_targets(lengths, num_parts, grid
         assert np.diff(bounds).max() <= part.max_seqlen
         assert np.diff(bounds).min() >= 0
         sequences += [
-            part.input_ids[a:b].tolist()
-            for a, b in zip(bounds, bounds[1 : part.num_samples + 1], strict=False)
+            part.input_ids[a:b].tolist() for a, b in pairwise(bounds[: part.num_samples + 1])
         ]
         real = part.labels != IGNORE_INDEX
         assert int(real.sum()) == part.num_targets
@@ -38,9 +39,7 @@ def test_packed_parts_hold_the_same_samples_and_targets(lengths, num_parts, grid
         ids = part.input_ids[part.target_positions[real]]
         targets += zip(ids.tolist(), part.labels[real].tolist(), strict=True)
     whole = batch.cu_seqlens.tolist()
-    assert sequences == [
-        batch.input_ids[a:b].tolist() for a, b in zip(whole, whole[1:], strict=False)
-    ]
+    assert sequences == [batch.input_ids[a:b].tolist() for a, b in pairwise(whole)]
     ids = batch.input_ids[batch.target_positions]
     kept = batch.labels != IGNORE_INDEX
     assert targets == list(zip(ids[kept].tolist(), batch.labels[kept].tolist(), strict=True))

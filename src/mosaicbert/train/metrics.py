@@ -14,8 +14,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
-from sklearn import metrics as sk
 from torch import Tensor
 
 from mosaicbert.batch import IGNORE_INDEX, Batch, LossOutput
@@ -74,24 +72,36 @@ def _mean_loss(total: float, count: int, ranks: Ranks) -> float:
     return loss_sum / num_targets if num_targets else float("nan")
 
 
-def _average(num_labels: int, labels: Array) -> str:
-    return "binary" if num_labels == 2 and labels.ndim == 1 else "macro"
+SCORES = ("accuracy", "f1", "macro_f1", "micro_f1", "mcc", "precision", "recall")
+"""`f1`, `precision` and `recall` are those of class 1 where there are two classes, else the mean
+over classes; `mcc` is Matthews' correlation."""
 
 
-Score = Callable[[Array, Array, int], float]
-SCORES: dict[str, Score] = {
-    "accuracy": lambda y, p, n: sk.accuracy_score(y, p),
-    "f1": lambda y, p, n: sk.f1_score(y, p, average=_average(n, y), zero_division=0),
-    "macro_f1": lambda y, p, n: sk.f1_score(
-        y, p, labels=range(n), average="macro", zero_division=0
-    ),
-    "micro_f1": lambda y, p, n: sk.f1_score(y, p, average="micro", zero_division=0),
-    "mcc": lambda y, p, n: sk.matthews_corrcoef(y, p),
-    "precision": lambda y, p, n: sk.precision_score(y, p, average=_average(n, y), zero_division=0),
-    "recall": lambda y, p, n: sk.recall_score(y, p, average=_average(n, y), zero_division=0),
-}
-"""Name -> f(labels, predictions, number of classes). `f1`, `precision` and `recall` are those of
-class 1 where there are two classes, else the mean over classes; `mcc` is Matthews' correlation."""
+def _score(name: str, labels: Array, predictions: Array, num_labels: int) -> float:
+    from sklearn import metrics as sk  # here, as it takes two seconds that pre-training can spare
+
+    average = "binary" if num_labels == 2 and labels.ndim == 1 else "macro"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one class only: the scores say so
+        match name:
+            case "accuracy":
+                return float(sk.accuracy_score(labels, predictions))
+            case "mcc":
+                return float(sk.matthews_corrcoef(labels, predictions))
+            case "f1":
+                score = sk.f1_score(labels, predictions, average=average, zero_division=0)
+            case "micro_f1":
+                score = sk.f1_score(labels, predictions, average="micro", zero_division=0)
+            case "macro_f1":
+                classes = range(num_labels)
+                score = sk.f1_score(
+                    labels, predictions, labels=classes, average="macro", zero_division=0
+                )
+            case "precision":
+                score = sk.precision_score(labels, predictions, average=average, zero_division=0)
+            case _:
+                score = sk.recall_score(labels, predictions, average=average, zero_division=0)
+    return float(score)
 
 
 class Classification:
@@ -132,16 +142,14 @@ class Classification:
         result = {"loss": _mean_loss(self._loss, self._num_targets, ranks)}
         for name in self.names:
             try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # one class only: the scores say so
-                    score = SCORES[name](labels, predictions, num_labels) if len(labels) else np.nan
+                scored = _score(name, labels, predictions, num_labels) if len(labels) else np.nan
             except ValueError as error:
                 raise ConfigError(f"Metric {name!r} does not fit these labels: {error}.") from None
-            result[name] = float(score)
+            result[name] = scored
         return result
 
 
-CORRELATIONS = {"spearman": stats.spearmanr, "pearson": stats.pearsonr}
+CORRELATIONS = ("spearman", "pearson")
 
 
 class Regression:
@@ -178,9 +186,12 @@ def _correlation(name: str, labels: Array, predictions: Array) -> float:
     if len(labels) < 2 or np.ptp(labels) == 0 or np.ptp(predictions) == 0:
         log.warning("No %s correlation of constant labels or predictions: it counts as 0.", name)
         return 0.0
+    from scipy import stats
+
+    correlate = stats.spearmanr if name == "spearman" else stats.pearsonr
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # near-constant input: the value stands
-        return float(CORRELATIONS[name](labels, predictions).statistic)
+        return float(correlate(labels, predictions).statistic)
 
 
 def classification_metric(names: Sequence[str] = ("accuracy",)) -> MetricFactory:
