@@ -13,7 +13,7 @@ from mosaicbert.data.mlm import Masker, interpolate
 from mosaicbert.data.order import Order, Source, count_draws
 from mosaicbert.data.packing import Sample
 from mosaicbert.data.reader import TokenReader
-from mosaicbert.data.steps import StepLoader, StepShape
+from mosaicbert.data.steps import BatchPlan, StepLoader, StepShape
 from mosaicbert.data.stream import ShardSet
 from mosaicbert.data.tokenizers import load_tokenizer
 from mosaicbert.errors import ConfigError
@@ -91,27 +91,23 @@ def build_text_loader(
     probability = mlm_probability if own is None else own
     _check_probability(probability, moves=training, total_samples=total_samples)
     reader, order = open_text(dataset, tokenizer)
-    ahead = dataset.predownload
-    if ahead is None:
-        first = batch_size(0) if callable(batch_size) else batch_size
-        ahead = dataset.shuffle_block_size if dataset.shuffle else PREDOWNLOAD_BATCHES * first
     masker = make_masker(dataset, tokenizer)
-    return StepLoader(
-        _MaskedText(reader, order, masker, probability, total_samples, training, ahead),
-        num_positions=order.num_samples,
-        batch_size=batch_size,
-        shape=StepShape(
-            microbatch_samples=microbatch_samples,
-            max_seq_len=dataset.max_seq_len,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            packed=packed,
-            grid=grid,
-            rank=rank,
-            world_size=world_size,
-        ),
-        config=config,
-        subset_batches=subset_batches,
+    is_part = subset_batches is not None and subset_batches >= 0
+    plan = BatchPlan(
+        order.num_samples, batch_size, config.drop_last, subset_batches if is_part else None
     )
+    shape = StepShape(
+        microbatch_samples=microbatch_samples,
+        max_seq_len=dataset.max_seq_len,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        packed=packed,
+        grid=grid,
+        rank=rank,
+        world_size=world_size,
+    )
+    ahead = _look_ahead(dataset, plan.size_at(0, 0))
+    text = _MaskedText(reader, order, masker, probability, total_samples, training, ahead)
+    return StepLoader(text, plan, shape, config)
 
 
 def open_text(
@@ -152,6 +148,13 @@ def make_masker(dataset: DatasetConfig, tokenizer: PreTrainedTokenizerFast) -> M
     special_ids = sorted({*tokenizer.all_special_ids, *between})
     seed, vocab_size = dataset.shuffle_seed, len(tokenizer)
     return Masker(seed, tokenizer.mask_token_id, np.array(special_ids, np.int64), vocab_size)
+
+
+def _look_ahead(dataset: DatasetConfig, batch_size: int) -> int:
+    """Samples to fetch shards for in advance."""
+    if dataset.predownload is not None:
+        return dataset.predownload
+    return dataset.shuffle_block_size if dataset.shuffle else PREDOWNLOAD_BATCHES * batch_size
 
 
 def _check_probability(

@@ -35,74 +35,115 @@ class StepShape:
     world_size: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """How an epoch is cut into global batches.
+
+    Args:
+        num_positions: samples of one epoch.
+        batch_size: of a global batch; or a function of the samples before it, all epochs counted.
+        drop_last: leave out the last, smaller batch.
+        subset_batches: take only so many batches of an epoch; None takes all.
+    """
+
+    num_positions: int
+    batch_size: int | Callable[[int], int]
+    drop_last: bool
+    subset_batches: int | None = None
+
+    def batches(self, epoch: int, start: int) -> Iterator[Range]:
+        """The global batches of an epoch from a position on."""
+        limit = self._limit(epoch)
+        while start < limit:
+            size = self.size_at(epoch, start)
+            end = min(start + size, limit)
+            if end - start < size and self.drop_last:
+                return
+            yield epoch, start, end
+            start = end
+
+    def count(self, epoch: int, start: int) -> int:
+        """How many these are."""
+        if callable(self.batch_size):
+            return sum(1 for _ in self.batches(epoch, start))
+        whole, rest = divmod(max(self._limit(epoch) - start, 0), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def size_at(self, epoch: int, start: int) -> int:
+        """Samples of the batch that starts there."""
+        if callable(self.batch_size):
+            return self.batch_size(epoch * self.num_positions + start)
+        return self.batch_size
+
+    def _limit(self, epoch: int) -> int:
+        """Positions of an epoch that batches may take."""
+        if self.subset_batches is None:
+            return self.num_positions
+        limit = 0
+        for _ in range(self.subset_batches):
+            limit = min(limit + self.size_at(epoch, limit), self.num_positions)
+        return limit
+
+
 class StepLoader:
     """Implements `batch.Loader` over `make_samples`, which is sent to the workers.
 
     Args:
         make_samples: what an epoch holds, by position.
-        num_positions: samples of one epoch.
-        batch_size: samples of a global batch; or a function of the samples before it, all epochs
-            counted.
-        shape: how a batch is shared and cut.
-        config: `drop_last`, the number of workers, and what else torch's DataLoader is told.
-        subset_batches: take only so many batches of an epoch; None or -1 takes all.
+        plan: how an epoch is cut into batches.
+        shape: how a batch is shared among ranks and cut into microbatches.
+        config: the number of workers, and what else torch's DataLoader is told.
 
     Raises:
         DataError: not one batch can be made; from `steps`, what `make_samples` raises.
     """
 
     def __init__(
-        self,
-        make_samples: MakeSamples,
-        *,
-        num_positions: int,
-        batch_size: int | Callable[[int], int],
-        shape: StepShape,
-        config: LoaderConfig,
-        subset_batches: int | None = None,
+        self, make_samples: MakeSamples, plan: BatchPlan, shape: StepShape, config: LoaderConfig
     ) -> None:
-        self._num_positions = num_positions
-        self._batch_size = batch_size
+        self._plan = plan
         self._config = config
-        self._subset = subset_batches if subset_batches is None or subset_batches >= 0 else None
         self._dataset = _StepDataset(make_samples, shape)
         self._ranges = _Ranges()
         self._loader = _data_loader(self._dataset, self._ranges, config)
-        self.num_samples = max((end for _, _, end in self._batches(0, 0)), default=0)
+        self.num_samples = max((end for _, _, end in plan.batches(0, 0)), default=0)
         """Samples of one epoch's batches, over all ranks."""
         if not self.num_samples:
             raise DataError(
-                f"{num_positions} samples make not one batch of {self._size_at(0, 0)} (drop_last: "
-                f"{config.drop_last}, subset of batches: {subset_batches}). Take more data, or a "
-                "smaller batch."
+                f"{plan.num_positions} samples make not one batch of {plan.size_at(0, 0)} "
+                f"(drop_last: {plan.drop_last}, subset of batches: {plan.subset_batches}). Take "
+                "more data, or a smaller batch."
             )
 
     def steps_in_epoch(self, epoch: int, sample_in_epoch: int = 0) -> int:
         """How many steps are left of `epoch` from that sample on."""
-        if callable(self._batch_size):
-            return sum(1 for _ in self._batches(epoch, sample_in_epoch))
-        left = max(self._limit(epoch) - sample_in_epoch, 0)
-        whole, rest = divmod(left, self._batch_size)
-        return whole + (rest > 0 and not self._config.drop_last)
+        return self._plan.count(epoch, sample_in_epoch)
 
     def steps(self, epoch: int, sample_in_epoch: int = 0) -> Iterator[Step]:
         """The share of this rank in each of the epoch's batches, from that sample on."""
         pin = self._config.pin_memory
         pin = torch.cuda.is_available() if pin is None else pin
-        ranges = self._batches(epoch, sample_in_epoch)
+        ranges = self._plan.batches(epoch, sample_in_epoch)
         shares = self._shares(epoch, sample_in_epoch)
         for (_, start, end), microbatches in zip(ranges, shares, strict=True):
-            is_last = next(self._batches(epoch, end), None) is None
+            is_last = next(self._plan.batches(epoch, end), None) is None
             after = (epoch + 1, 0) if is_last else (epoch, end)
             step = Step(microbatches, end - start, *after)
             yield step.pin_memory() if pin else step
 
+    def close(self) -> None:
+        """Stop the workers, once no iterator of `steps` is in use; the next one starts others."""
+        self._loader = _data_loader(self._dataset, self._ranges, self._config)
+
     def _shares(self, epoch: int, start: int) -> Iterator[list[Batch]]:
         """The microbatches of each step, from the workers or made here."""
+        # Nothing in here may refer to this loader: in a cycle of references torch could not stop
+        # its workers and would wait for seconds.
+        ranges = self._plan.batches(epoch, start)
         if self._config.num_workers == 0:
-            yield from map(self._dataset.make, self._batches(epoch, start))
+            yield from map(self._dataset.make, ranges)
             return
-        self._ranges.values = self._batches(epoch, start)
+        self._ranges.values = ranges
         results = iter(self._loader)
         while True:
             try:
@@ -115,31 +156,10 @@ class StepLoader:
             if result is None:
                 return
             if isinstance(result, MosaicBertError):
+                del results
+                self.close()
                 raise result
             yield [_to_batch(arrays) for arrays in result]
-
-    def _size_at(self, epoch: int, start: int) -> int:
-        if callable(self._batch_size):
-            return self._batch_size(epoch * self._num_positions + start)
-        return self._batch_size
-
-    def _limit(self, epoch: int) -> int:
-        """Positions of an epoch that batches may take."""
-        limit = 0 if self._subset is not None else self._num_positions
-        for _ in range(self._subset or 0):
-            limit = min(limit + self._size_at(epoch, limit), self._num_positions)
-        return limit
-
-    def _batches(self, epoch: int, start: int) -> Iterator[Range]:
-        """The global batches of an epoch from a position on."""
-        limit = self._limit(epoch)
-        while start < limit:
-            size = self._size_at(epoch, start)
-            end = min(start + size, limit)
-            if end - start < size and self._config.drop_last:
-                return
-            yield epoch, start, end
-            start = end
 
 
 class _StepDataset(Dataset[Any]):
