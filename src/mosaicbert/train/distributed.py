@@ -8,6 +8,7 @@ exchange them; tensors on a GPU travel by NCCL.
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,8 +118,13 @@ class Ranks:
         self.sum([0.0])
 
     def close(self) -> None:
-        """Leave the group. After an error the others are not waited for."""
-        if dist.is_initialized():
+        """Leave the group. While an error is on its way up, without waiting for the others."""
+        if not dist.is_initialized():
+            return
+        if sys.exc_info()[0] is not None and self.device.type == "cuda":
+            # Half-done NCCL work of a rank that is gone would hold an orderly farewell up.
+            dist.distributed_c10d._abort_process_group()
+        else:
             dist.destroy_process_group()
 
     @contextmanager
