@@ -122,10 +122,9 @@ class ShardSet:
         folder, info = self._shards[number]
         for last_try in (False, False, True):
             if folder.remote is not None and not folder.is_here(info):
-                self._make_room(info, may_exceed=True)
-            path = folder.local / info.raw_basename
+                self._make_room(number, may_exceed=True)
+            path = folder.fetch(info)
             try:
-                path = folder.fetch(info)
                 in_use = self._mark_in_use(path) if folder.remote is not None else None
                 self._open[number] = (Shard(path, info), in_use)
                 break
@@ -198,20 +197,23 @@ class ShardSet:
                 number = self._wanted.popleft()
             folder, info = self._shards[number]
             try:
-                if not folder.is_here(info) and self._make_room(info, may_exceed=False):
+                if not folder.is_here(info) and self._make_room(number, may_exceed=False):
                     folder.fetch(info, wait=False)
             except BusyError:
                 pass  # another worker's
             except Exception as error:  # `open` meets it again and raises
                 log.debug("%s: %s", info.raw_basename, error)
 
-    def _make_room(self, info: ShardInfo, may_exceed: bool) -> bool:
+    def _make_room(self, number: int, may_exceed: bool) -> bool:
         """Evict until a shard fits; False, or with `may_exceed` a warning, where none can go."""
         if self._limit is None:
             return True
-        needed = info.raw_bytes + info.zip_bytes
+        folder, info = self._shards[number]
         files = sorted(self._cached_files())
-        excess = sum(size for _, size, _ in files) + needed - self._limit
+        if any(path == folder.local / info.raw_basename for _, _, path in files):
+            return True  # a background thread was faster
+        excess = sum(size for _, size, _ in files) - self._limit
+        excess += info.raw_bytes + info.zip_bytes
         for _, size, path in files:
             if excess <= 0:
                 return True
