@@ -18,6 +18,8 @@ from mosaicbert.data.steps import StepLoader
 from mosaicbert.data.tokenizers import load_tokenizer
 from mosaicbert.errors import ConfigError, DataError
 
+# Python 3.12 warns of every fork of a process with threads; what is forked here takes no locks.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 BERT = load_tokenizer("bert-base-uncased")
 WORDS = [
     "the",

@@ -24,6 +24,9 @@ from mosaicbert.data.mds import MDSWriter
 from mosaicbert.data.stream import ShardFolder, ShardSet
 from mosaicbert.errors import ConfigError, DataError
 
+# Python 3.12 warns of every fork of a process with threads; what is forked here takes no locks.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
 
 class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
     """A store in memory that counts reads and, on request, fails them."""
