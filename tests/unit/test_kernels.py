@@ -17,19 +17,22 @@ if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
 if not triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=0", allow_module_level=True)
 
+from mosaicbert.models.kernels import attention as attention_module  # noqa: E402
+from mosaicbert.models.kernels import geglu as geglu_module  # noqa: E402
 from mosaicbert.models.kernels.attention import alibi_attention  # noqa: E402
 from mosaicbert.models.kernels.geglu import geglu, geglu_backward  # noqa: E402
 from mosaicbert.models.kernels.layernorm import residual_layer_norm  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
 SEED = torch.tensor([0x1234_5678_9ABC])
 HEADS, HEAD_DIM = 2, 32
 SLOPES = torch.tensor([0.5, 0.03])
 
 
 @pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Uninitialised memory is NaN: whatever a kernel forgets to write is seen."""
+def setting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Uninitialised memory is NaN: whatever a kernel forgets to write is seen. Few programs."""
+    torch.manual_seed(17)
+    monkeypatch.setattr(geglu_module, "ROWS", 32)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -85,6 +88,22 @@ def test_attention(
     assert exact.grad is not None
     for part in range(3):  # dq, dk, dv
         assert off(qkv.grad[:, part], exact.grad[:, part]) < 2 * tolerance
+
+
+def test_attention_skips_far_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steep slopes: most tiles weigh nothing, and leaving them out changes nothing."""
+    cu_seqlens = torch.tensor([0, 200], dtype=torch.int32)
+    slopes = torch.tensor([4.0, 1.5])
+    qkv = torch.randn(200, 3, HEADS, HEAD_DIM, requires_grad=True)
+    qkv.data[:, 0] *= 0.3
+    seen = []
+    for at_least in (1 << 30, 1):
+        monkeypatch.setattr(attention_module, "MIN_SKIPPED", at_least)
+        out, _, reach = attention_module.attention_forward(qkv, cu_seqlens, 200, slopes, -1)
+        seen.append((out, *torch.autograd.grad(out.square().sum(), qkv), reach))
+    assert seen[0][2].tolist() == [1 << 24] * HEADS
+    assert all(5 < reach < 40 for reach in seen[1][2].tolist())
+    torch.testing.assert_close(seen[0][:2], seen[1][:2], rtol=1e-5, atol=1e-6)
 
 
 def test_attention_refuses_other_shapes() -> None:

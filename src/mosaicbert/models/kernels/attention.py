@@ -7,6 +7,7 @@ Short sequences: one program holds a whole (sequence, head): one load, one store
 kernel for dq, dk and dv. Longer: tiles with an online softmax (Dao et al. 2022, "FlashAttention"),
 and a backward kernel each for dq and for dk and dv. No atomics: results repeat bit by bit.
 """
+# mypy: disable-error-code="untyped-decorator"
 
 import math
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from torch import Tensor
 
 from mosaicbert.models.kernels import attention_short as short
 from mosaicbert.models.kernels import attention_tiled as tiled
+from mosaicbert.models.kernels.ops import kernel_op, launch
 
 LOG2_E = 1.4426950408889634
 MAX_SHORT = 128
 """Longest sequence that one program holds whole."""
+MIN_SKIPPED = 1024
+"""From this length on, looking for tiles to skip costs less than it saves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,134 +37,157 @@ class Tile:
     num_warps: int
     num_stages: int
 
+    def config(self) -> dict[str, int]:
+        """As a tiled kernel takes it."""
+        return {
+            "QUERIES": self.queries, "KEYS": self.keys, "STAGES": self.num_stages,
+            "num_warps": self.num_warps,
+        }  # fmt: skip
+
 
 def _roomy(device: torch.device) -> bool:
     """Whether the device has the shared memory of a data-centre GPU (A100, H100 and newer)."""
     if device.type != "cuda":
         return True
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160 * 1024
+    properties: Any = torch.cuda.get_device_properties(device)
+    return bool(properties.shared_memory_per_block_optin >= 160 * 1024)
 
 
 def short_block(qkv: Tensor, max_seqlen: int) -> int | None:
     """Tile size if one program can hold a sequence whole, else None."""
     if max_seqlen > MAX_SHORT or qkv.element_size() > 2 or not _roomy(qkv.device):
         return None
-    return max(16, triton.next_power_of_2(max_seqlen))
+    return max(16, int(triton.next_power_of_2(max_seqlen)))
 
 
-def short_warps(block: int, head_dim: int) -> tuple[int, int]:
-    """`num_warps` of the forward and of the backward kernel."""
-    if block < 64:
-        return 4, 4
-    return (4, 4) if block == 64 else (4 if head_dim <= 64 else 8, 8)
+def short_config(block: int, heads: int, head_dim: int) -> dict[str, int]:
+    """How the backward kernel for short sequences is compiled."""
+    num_warps = short_warps(block)
+    if block < 128 or head_dim > 64:  # several programs fit, or no second head does
+        return {"GROUP": 1, "STAGES": 1, "num_warps": num_warps}
+    group = next(group for group in (4, 3, 2, 1) if heads % group == 0)
+    return {"GROUP": group, "STAGES": 2, "num_warps": num_warps}
+
+
+def short_warps(block: int) -> int:
+    """`num_warps` of the kernels for short sequences."""
+    return 8 if block == 128 else 4
 
 
 def tiles(qkv: Tensor) -> tuple[Tile, Tile, Tile]:
-    """Tiles of the forward, the dq and the dk/dv kernel."""
+    """Tiles of the forward, the dq and the dk/dv kernel, as measured on an H100."""
     head_dim = qkv.shape[-1]
     if qkv.element_size() > 2:
         side = 32 if head_dim == 128 else 64
         return (Tile(side, side, 4, 1),) * 3
-    if head_dim == 128 or not _roomy(qkv.device):
-        return Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)
-    return Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)
+    if not _roomy(qkv.device):
+        return (Tile(64, 64 if head_dim < 128 else 32, 4, 2),) * 3
+    if head_dim == 128:
+        return Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(32, 64, 4, 3)
+    return Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 4, 2)
 
 
-def _shape(qkv: Tensor) -> dict[str, int]:
-    return {"HEADS": qkv.shape[2], "HEAD_DIM": qkv.shape[3]}
+def _config(qkv: Tensor, window: int) -> dict[str, Any]:
+    """What all kernels are compiled for; no float arguments: inductor passes them as float64."""
+    heads, head_dim = qkv.shape[2:]
+    scale = LOG2_E / math.sqrt(head_dim)
+    return {"SCALE": scale, "HEADS": heads, "HEAD_DIM": head_dim, "WINDOW": window >= 0}
 
 
-@torch.library.custom_op("mosaicbert::alibi_attention", mutates_args=())
+@kernel_op("alibi_attention")
 def attention_forward(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, slopes: Tensor, window: int
-) -> tuple[Tensor, Tensor]:
-    """Output, and base-2 log-sum-exp `(heads, total_nnz)`: the op behind `alibi_attention`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, base-2 log-sum-exp `(heads, total_nnz)`, and how far each (sequence, head) sees."""
     total_nnz, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(total_nnz, heads, head_dim)
     lse = qkv.new_empty(heads, total_nnz, dtype=torch.float32)
-    batch, scale = cu_seqlens.numel() - 1, LOG2_E / math.sqrt(head_dim)
-    args: tuple[Any, ...] = (qkv, out, lse, cu_seqlens, slopes, scale, window, total_nnz)
+    units = (cu_seqlens.numel() - 1) * heads
+    args: tuple[Any, ...] = (qkv, out, lse, cu_seqlens, slopes, window, total_nnz)
+    config = _config(qkv, window)
     block = short_block(qkv, max_seqlen)
     if block is not None:
-        short.forward_kernel[(batch * heads,)](
-            *args, **_shape(qkv), WINDOW=window >= 0, BLOCK=block,
-            num_warps=short_warps(block, head_dim)[0],
+        num_warps = short_warps(block)
+        launch(short.forward_kernel, (units,), *args, **config, BLOCK=block, num_warps=num_warps)
+        return out, lse, cu_seqlens.new_empty(0)
+    reach = cu_seqlens.new_full((units,), window if window >= 0 else tiled.UNLIMITED.value)
+    if max_seqlen >= MIN_SKIPPED:
+        launch(
+            tiled.reach_kernel, (units,), qkv, reach, cu_seqlens, slopes, window, **config,
+            ROWS=128, num_warps=8,
         )  # fmt: skip
-    else:
-        tile = tiles(qkv)[0]
-        num_tiles = triton.cdiv(max_seqlen, tile.queries)
-        tiled.forward_kernel[(batch * heads * num_tiles,)](
-            *args, num_tiles, **_shape(qkv), WINDOW=window >= 0, QUERIES=tile.queries,
-            KEYS=tile.keys, STAGES=tile.num_stages, num_warps=tile.num_warps,
-        )  # fmt: skip
-    return out, lse
+    tile = tiles(qkv)[0]
+    num_tiles = triton.cdiv(max_seqlen, tile.queries)
+    launch(
+        tiled.forward_kernel, (units * num_tiles,), *args, reach, num_tiles, **config,
+        **tile.config(),
+    )  # fmt: skip
+    return out, lse, reach
 
 
-@torch.library.custom_op("mosaicbert::alibi_attention_backward", mutates_args=())
+@kernel_op("alibi_attention_backward")
 def attention_backward(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-    slopes: Tensor, window: int,
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, reach: Tensor, cu_seqlens: Tensor,
+    max_seqlen: int, slopes: Tensor, window: int,
 ) -> Tensor:  # fmt: skip
     """Gradient of `qkv`."""
     total_nnz, _, heads, head_dim = qkv.shape
     grad = grad.contiguous()
     dqkv = torch.empty_like(qkv)
-    batch, scale = cu_seqlens.numel() - 1, LOG2_E / math.sqrt(head_dim)
+    units = (cu_seqlens.numel() - 1) * heads
+    config = _config(qkv, window)
     block = short_block(qkv, max_seqlen)
     if block is not None:
-        short.backward_kernel[(batch * heads,)](
-            grad, qkv, dqkv, lse, cu_seqlens, slopes, scale, window, total_nnz, **_shape(qkv),
-            WINDOW=window >= 0, BLOCK=block, num_warps=short_warps(block, head_dim)[1],
+        short_kernel = short_config(block, heads, head_dim)
+        launch(
+            short.backward_kernel, (units // short_kernel["GROUP"],), grad, qkv, dqkv, lse,
+            cu_seqlens, slopes, window, total_nnz, **config, BLOCK=block, **short_kernel,
         )  # fmt: skip
         return dqkv
     delta = torch.empty_like(lse)
-    args: tuple[Any, ...] = (grad, qkv, out, dqkv, lse, delta, cu_seqlens, slopes, scale, window)
-    _, tile, _ = tiles(qkv)  # this kernel writes `delta`, the next reads it
-    num_tiles = triton.cdiv(max_seqlen, tile.queries)
-    tiled.dq_kernel[(batch * heads * num_tiles,)](
-        *args, total_nnz, num_tiles, **_shape(qkv), WINDOW=window >= 0, QUERIES=tile.queries,
-        KEYS=tile.keys, STAGES=tile.num_stages, num_warps=tile.num_warps,
+    args: tuple[Any, ...] = (
+        grad, qkv, out, dqkv, lse, delta, cu_seqlens, slopes, window, total_nnz, reach,
     )  # fmt: skip
-    _, _, tile = tiles(qkv)
-    num_tiles = triton.cdiv(max_seqlen, tile.keys)
-    tiled.dkv_kernel[(batch * heads * num_tiles,)](
-        *args, total_nnz, num_tiles, **_shape(qkv), WINDOW=window >= 0, QUERIES=tile.queries,
-        KEYS=tile.keys, STAGES=tile.num_stages, num_warps=tile.num_warps,
-    )  # fmt: skip
+    _, dq_tile, dkv_tile = tiles(qkv)
+    num_tiles = triton.cdiv(max_seqlen, dq_tile.queries)  # this kernel writes `delta` for the next
+    launch(tiled.dq_kernel, (units * num_tiles,), *args, num_tiles, **config, **dq_tile.config())
+    num_tiles = triton.cdiv(max_seqlen, dkv_tile.keys)
+    launch(tiled.dkv_kernel, (units * num_tiles,), *args, num_tiles, **config, **dkv_tile.config())
     return dqkv
 
 
-@attention_forward.register_fake
-def _(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, slopes: Tensor, window: int
-) -> tuple[Tensor, Tensor]:
-    total_nnz, _, heads, head_dim = qkv.shape
-    out = qkv.new_empty(total_nnz, heads, head_dim)
-    return out, qkv.new_empty(heads, total_nnz, dtype=torch.float32)
-
-
-@attention_backward.register_fake
-def _(
-    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, max_seqlen: int,
-    slopes: Tensor, window: int,
-) -> Tensor:  # fmt: skip
-    return torch.empty_like(qkv)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     qkv, cu_seqlens, ctx.max_seqlen, slopes, ctx.window = inputs
     ctx.save_for_backward(qkv, *output, cu_seqlens, slopes)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    qkv, out, lse, cu_seqlens, slopes = ctx.saved_tensors
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    qkv, out, lse, reach, cu_seqlens, slopes = ctx.saved_tensors
     dqkv = attention_backward(
-        grad, qkv, out, lse, cu_seqlens, ctx.max_seqlen, slopes, ctx.window
+        grad, qkv, out, lse, reach, cu_seqlens, ctx.max_seqlen, slopes, ctx.window
     )
     return dqkv, None, None, None, None
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+@attention_forward.register_fake
+def _(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, slopes: Tensor, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    total_nnz, _, heads, head_dim = qkv.shape
+    units = 0 if short_block(qkv, max_seqlen) else (cu_seqlens.numel() - 1) * heads
+    lse = qkv.new_empty(heads, total_nnz, dtype=torch.float32)
+    return qkv.new_empty(total_nnz, heads, head_dim), lse, cu_seqlens.new_empty(units)
+
+
+@attention_backward.register_fake
+def _(
+    grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, reach: Tensor, cu_seqlens: Tensor,
+    max_seqlen: int, slopes: Tensor, window: int,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(qkv)
 
 
 def alibi_attention(
@@ -173,8 +200,11 @@ def alibi_attention(
     (sequences of length 0 allowed, none longer than `max_seqlen`, every position in one of them);
     `slopes (heads,)` float32; with `window >= 0` only keys with `|i - j| <= window` are seen.
     """
-    assert qkv.ndim == 4 and qkv.shape[1] == 3 and qkv.is_contiguous(), "qkv: packed, contiguous"
-    assert cu_seqlens.dtype == torch.int32 and slopes.dtype == torch.float32
+    assert qkv.ndim == 4
+    assert qkv.shape[1] == 3
+    assert qkv.is_contiguous()
+    assert cu_seqlens.dtype == torch.int32
+    assert slopes.dtype == torch.float32
     assert slopes.shape == (qkv.shape[2],)
     if qkv.shape[3] not in (32, 64, 128):
         raise ValueError(f"the attention kernel knows head_dim 32, 64, 128, not {qkv.shape[3]}")

@@ -1,7 +1,7 @@
 """The kernels of `attention` for short sequences: one program, one whole (sequence, head).
 
 Layouts: qkv and dqkv `(total_nnz, 3, heads, head_dim)`, out and grad `(total_nnz, heads,
-head_dim)`, lse `(heads, total_nnz)`. Scores are in base 2: `scale` is log2(e) / sqrt(head_dim).
+head_dim)`, lse `(heads, total_nnz)`. Scores are in base 2: `SCALE` is log2(e) / sqrt(head_dim).
 """
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
 # ruff: noqa: N803, N806
@@ -15,8 +15,9 @@ MASKED: tl.constexpr = tl.constexpr(-1e30)  # finite: rows that only fill the ti
 
 @triton.jit
 def forward_kernel(
-    qkv_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, slopes_ptr, scale, window, total_nnz,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+    qkv_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, slopes_ptr, window, total_nnz,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of one (sequence, head)."""
     HIDDEN: tl.constexpr = HEADS * HEAD_DIM
@@ -35,12 +36,11 @@ def forward_kernel(
     k = tl.load(q_ptrs + HIDDEN, mask=real[:, None], other=0.0)
     v = tl.load(q_ptrs + 2 * HIDDEN, mask=real[:, None], other=0.0)
 
-    slope = tl.load(slopes_ptr + head) * LOG2_E
-    distance = tl.abs(pos[:, None].to(tl.float32) - pos[None, :].to(tl.float32))
-    s = tl.dot(q, tl.trans(k)) * scale - slope * distance  # (queries, keys)
+    sloped = pos.to(tl.float32) * (tl.load(slopes_ptr + head) * LOG2_E)
+    s = tl.dot(q, tl.trans(k)) * SCALE - tl.abs(sloped[:, None] - sloped[None, :])
     seen = real[None, :]
     if WINDOW:
-        seen = seen & (distance <= window)
+        seen = seen & (tl.abs(pos[:, None] - pos[None, :]) <= window)
     s = tl.where(seen, s, MASKED)
     highest = tl.max(s, 1)
     p = tl.exp2(s - highest[:, None])
@@ -54,13 +54,14 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad_ptr, qkv_ptr, dqkv_ptr, lse_ptr, cu_seqlens_ptr, slopes_ptr, scale, window, total_nnz,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+    grad_ptr, qkv_ptr, dqkv_ptr, lse_ptr, cu_seqlens_ptr, slopes_ptr, window, total_nnz,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and dv of one (sequence, head)."""
+    """Gradient of q, k and v of `GROUP` heads of one sequence, the next head loading meanwhile."""
     HIDDEN: tl.constexpr = HEADS * HEAD_DIM
-    head = tl.program_id(0) % HEADS
-    seq = tl.program_id(0) // HEADS
+    first = tl.program_id(0) % (HEADS // GROUP) * GROUP
+    seq = tl.program_id(0) // (HEADS // GROUP)
     start = tl.load(cu_seqlens_ptr + seq)
     length = tl.load(cu_seqlens_ptr + seq + 1) - start
     if length <= 0:
@@ -68,30 +69,29 @@ def backward_kernel(
     pos = tl.arange(0, BLOCK)
     dim = tl.arange(0, HEAD_DIM)
     real = pos < length
-    at = start.to(tl.int64) * (3 * HIDDEN) + head * HEAD_DIM
-    within = pos[:, None] * (3 * HIDDEN) + dim[None, :]
-    q_ptrs = qkv_ptr + at + within
-    q = tl.load(q_ptrs, mask=real[:, None], other=0.0)
-    k = tl.load(q_ptrs + HIDDEN, mask=real[:, None], other=0.0)
-    grad_at = start.to(tl.int64) * HIDDEN + head * HEAD_DIM
-    grad_ptrs = grad_ptr + grad_at + pos[:, None] * HIDDEN + dim[None, :]
-    grad = tl.load(grad_ptrs, mask=real[:, None], other=0.0)
-    v = tl.load(q_ptrs + 2 * HIDDEN, mask=real[:, None], other=0.0)
-    lse = tl.load(lse_ptr + head.to(tl.int64) * total_nnz + start + pos, mask=real, other=0.0)
+    wide = start.to(tl.int64) * (3 * HIDDEN) + pos[:, None] * (3 * HIDDEN) + dim[None, :]
+    narrow = start.to(tl.int64) * HIDDEN + pos[:, None] * HIDDEN + dim[None, :]
+    for head in tl.range(first, first + GROUP, num_stages=STAGES):
+        q_ptrs = qkv_ptr + wide + head * HEAD_DIM
+        q = tl.load(q_ptrs, mask=real[:, None], other=0.0)
+        k = tl.load(q_ptrs + HIDDEN, mask=real[:, None], other=0.0)
+        v = tl.load(q_ptrs + 2 * HIDDEN, mask=real[:, None], other=0.0)
+        grad = tl.load(grad_ptr + narrow + head * HEAD_DIM, mask=real[:, None], other=0.0)
+        lse_ptrs = lse_ptr + tl.cast(head, tl.int64) * total_nnz + start + pos
+        lse = tl.load(lse_ptrs, mask=real, other=0.0)
 
-    slope = tl.load(slopes_ptr + head) * LOG2_E
-    distance = tl.abs(pos[:, None].to(tl.float32) - pos[None, :].to(tl.float32))
-    s = tl.dot(q, tl.trans(k)) * scale - slope * distance  # (queries, keys)
-    seen = real[:, None] & real[None, :]
-    if WINDOW:
-        seen = seen & (distance <= window)
-    p = tl.exp2(tl.where(seen, s - lse[:, None], MASKED))
-    dp = tl.dot(grad, tl.trans(v))
-    ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
-    dq_ptrs = dqkv_ptr + at + within
-    dv = tl.dot(tl.trans(p.to(q.dtype)), grad)
-    tl.store(dq_ptrs + 2 * HIDDEN, dv, mask=real[:, None])
-    dq = tl.dot(ds, k) * (scale / LOG2_E)
-    tl.store(dq_ptrs, dq, mask=real[:, None])
-    dk = tl.dot(tl.trans(ds), q) * (scale / LOG2_E)
-    tl.store(dq_ptrs + HIDDEN, dk, mask=real[:, None])
+        sloped = pos.to(tl.float32) * (tl.load(slopes_ptr + head) * LOG2_E)
+        s = tl.dot(q, tl.trans(k)) * SCALE - tl.abs(sloped[:, None] - sloped[None, :])
+        seen = real[:, None] & real[None, :]
+        if WINDOW:
+            seen = seen & (tl.abs(pos[:, None] - pos[None, :]) <= window)
+        p = tl.exp2(tl.where(seen, s - lse[:, None], MASKED))  # (queries, keys)
+        dq_ptrs = dqkv_ptr + wide + head * HEAD_DIM
+        dv = tl.dot(tl.trans(p.to(q.dtype)), grad)
+        tl.store(dq_ptrs + 2 * HIDDEN, dv, mask=real[:, None])
+        dp = tl.dot(grad, tl.trans(v))
+        ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
+        dq = tl.dot(ds, k) * (SCALE / LOG2_E)
+        tl.store(dq_ptrs, dq, mask=real[:, None])
+        dk = tl.dot(tl.trans(ds), q) * (SCALE / LOG2_E)
+        tl.store(dq_ptrs + HIDDEN, dk, mask=real[:, None])

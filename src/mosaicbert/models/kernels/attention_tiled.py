@@ -2,7 +2,10 @@
 
 Layouts as in `attention_short`; delta `(heads, total_nnz)` is the row sum of grad * out, which the
 dq kernel writes and the dk/dv kernel reads. A program owns one tile of one (sequence, head);
-programs of tiles beyond the sequence's end exit at once.
+programs of tiles beyond the sequence's end exit at once. Tiles beyond `reach` are skipped.
+
+Distances are differences of float positions, exact up to 2^24; keys (or queries) beyond the end of
+the sequence stand at `FAR`, where any slope masks them, so that no element pays for a mask.
 """
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
 # ruff: noqa: N803, N806
@@ -12,43 +15,85 @@ import triton.language as tl
 
 from mosaicbert.models.kernels.attention_short import LOG2_E, MASKED
 
+FAR: tl.constexpr = tl.constexpr(1e30)
+LEAST_SLOPE: tl.constexpr = tl.constexpr(1e-20)  # stands for 0: FAR masks, and |i - j| adds nothing
+UNLIMITED: tl.constexpr = tl.constexpr(1 << 24)
+NEGLIGIBLE: tl.constexpr = tl.constexpr(25.0)  # nats: e^-25 times 8,192 keys is float32's rounding
+
 
 @triton.jit
 def _place(cu_seqlens_ptr, num_tiles, HEADS: tl.constexpr):
-    """Tile, head, start and length of the sequence: whose work this program does."""
+    """Tile, sequence * heads + head, head, start and length of the sequence: whose work this is."""
     pid = tl.program_id(0)
     tile = pid % num_tiles  # tiles of one (sequence, head) run together: they share it in L2
-    head = (pid // num_tiles) % HEADS
-    seq = pid // (num_tiles * HEADS)
-    start = tl.load(cu_seqlens_ptr + seq)
-    return tile, head, start, tl.load(cu_seqlens_ptr + seq + 1) - start
+    unit = pid // num_tiles
+    start = tl.load(cu_seqlens_ptr + unit // HEADS)
+    length = tl.load(cu_seqlens_ptr + unit // HEADS + 1) - start
+    return tile, unit, unit % HEADS, start, length
 
 
 @triton.jit
-def _reach(tile, length, window, OWN: tl.constexpr, OTHER: tl.constexpr, WINDOW: tl.constexpr):
-    """First and last + 1 position of the other side that tile `tile` of `OWN` positions sees."""
-    low = 0
-    high = length
+def _slope(slopes_ptr, head):
+    return tl.maximum(tl.load(slopes_ptr + head) * LOG2_E, LEAST_SLOPE)
+
+
+@triton.jit
+def reach_kernel(
+    qkv_ptr, reach_ptr, cu_seqlens_ptr, slopes_ptr, window,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """How far the positions of one (sequence, head) see: `reach (batch, heads)` int32.
+
+    A score differs from the query's own, at distance 0, by at most 2 max|q| max|k|; where ALiBi has
+    taken that and `NEGLIGIBLE` more, the softmax weight rounds to nothing.
+    """
+    HIDDEN: tl.constexpr = HEADS * HEAD_DIM
+    _, unit, head, start, length = _place(cu_seqlens_ptr, 1, HEADS)
+    dim = tl.arange(0, HEAD_DIM)
+    q_max = tl.zeros([ROWS], tl.float32)
+    k_max = tl.zeros([ROWS], tl.float32)
+    q_ptr = qkv_ptr + start.to(tl.int64) * (3 * HIDDEN) + head * HEAD_DIM
+    for first in range(0, length, ROWS):
+        i = first + tl.arange(0, ROWS)
+        ptrs = q_ptr + i[:, None] * (3 * HIDDEN) + dim[None, :]
+        q = tl.load(ptrs, mask=(i < length)[:, None], other=0.0).to(tl.float32)
+        k = tl.load(ptrs + HIDDEN, mask=(i < length)[:, None], other=0.0).to(tl.float32)
+        q_max = tl.maximum(q_max, tl.sum(q * q, 1))
+        k_max = tl.maximum(k_max, tl.sum(k * k, 1))
+    spread = 2.0 * SCALE * tl.sqrt(tl.max(q_max, 0)) * tl.sqrt(tl.max(k_max, 0))
+    reach = (spread + NEGLIGIBLE * LOG2_E) / _slope(slopes_ptr, head)
+    # The comparison is false for NaN and infinity: then everything is computed, and shows them.
+    reach = tl.where(reach < UNLIMITED, reach, UNLIMITED).to(tl.int32)
     if WINDOW:
-        low = tl.maximum(tile * OWN - window, 0) // OTHER * OTHER
-        high = tl.minimum(tile * OWN + OWN + window, length)
-    return low, high
+        reach = tl.minimum(reach, window)
+    tl.store(reach_ptr + unit, reach)
 
 
 @triton.jit
-def _distance(rows, cols):
-    return tl.abs(rows[:, None].to(tl.float32) - cols[None, :].to(tl.float32))
+def _span(reach_ptr, unit, tile, length, OWN: tl.constexpr, OTHER: tl.constexpr):
+    """First and last + 1 position of the other side that tile `tile` of `OWN` positions sees."""
+    reach = tl.load(reach_ptr + unit)
+    low = tl.maximum(tile * OWN - reach, 0) // OTHER * OTHER
+    return low, tl.minimum(tile * OWN + OWN + reach, length)
+
+
+@triton.jit
+def _places(i, length):
+    """Positions as floats, those beyond the end at `FAR`."""
+    return tl.where(i < length, i.to(tl.float32), FAR)
 
 
 @triton.jit
 def forward_kernel(
-    qkv_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, slopes_ptr, scale, window, total_nnz, num_tiles,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    qkv_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, slopes_ptr, window, total_nnz, reach_ptr,
+    num_tiles,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of one tile of queries."""
     HIDDEN: tl.constexpr = HEADS * HEAD_DIM
-    tile, head, start, length = _place(cu_seqlens_ptr, num_tiles, HEADS)
+    tile, unit, head, start, length = _place(cu_seqlens_ptr, num_tiles, HEADS)
     if tile * QUERIES >= length:
         return
     dim = tl.arange(0, HEAD_DIM)
@@ -57,22 +102,20 @@ def forward_kernel(
     q = tl.load(
         q_ptr + i[:, None] * (3 * HIDDEN) + dim[None, :], mask=(i < length)[:, None], other=0.0
     )
-    slope = tl.load(slopes_ptr + head) * LOG2_E
+    slope = _slope(slopes_ptr, head)
     highest = tl.full([QUERIES], MASKED, tl.float32)
     total = tl.zeros([QUERIES], tl.float32)
     out = tl.zeros([QUERIES, HEAD_DIM], tl.float32)
-    low, high = _reach(tile, length, window, QUERIES, KEYS, WINDOW)
+    low, high = _span(reach_ptr, unit, tile, length, QUERIES, KEYS)
     for first in tl.range(low, high, KEYS, num_stages=STAGES):
         j = first + tl.arange(0, KEYS)
         k_ptrs = q_ptr + HIDDEN + j[:, None] * (3 * HIDDEN) + dim[None, :]
         k = tl.load(k_ptrs, mask=(j < length)[:, None], other=0.0)
         v = tl.load(k_ptrs + HIDDEN, mask=(j < length)[:, None], other=0.0)
-        distance = _distance(i, j)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale - slope * distance
-        seen = (j < length)[None, :]
+        distance = tl.abs(i.to(tl.float32)[:, None] - _places(j, length)[None, :])
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE - slope * distance
         if WINDOW:
-            seen = seen & (distance <= window)
-        s = tl.where(seen, s, MASKED)
+            s = tl.where(distance <= window, s, MASKED)
         higher = tl.maximum(highest, tl.max(s, 1))
         shrink = tl.exp2(highest - higher)
         p = tl.exp2(s - higher[:, None])
@@ -91,13 +134,13 @@ def forward_kernel(
 @triton.jit
 def dq_kernel(
     grad_ptr, qkv_ptr, out_ptr, dqkv_ptr, lse_ptr, delta_ptr, cu_seqlens_ptr, slopes_ptr,
-    scale, window, total_nnz, num_tiles,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    window, total_nnz, reach_ptr, num_tiles,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dq and delta of one tile of queries."""
+    """Gradient of one tile of queries, and its delta."""
     HIDDEN: tl.constexpr = HEADS * HEAD_DIM
-    tile, head, start, length = _place(cu_seqlens_ptr, num_tiles, HEADS)
+    tile, unit, head, start, length = _place(cu_seqlens_ptr, num_tiles, HEADS)
     if tile * QUERIES >= length:
         return
     dim = tl.arange(0, HEAD_DIM)
@@ -113,37 +156,36 @@ def dq_kernel(
     row_at = head.to(tl.int64) * total_nnz + start + i
     tl.store(delta_ptr + row_at, delta, mask=real)
     lse = tl.load(lse_ptr + row_at, mask=real, other=0.0)
-    slope = tl.load(slopes_ptr + head) * LOG2_E
+    slope = _slope(slopes_ptr, head)
     dq = tl.zeros([QUERIES, HEAD_DIM], tl.float32)
-    low, high = _reach(tile, length, window, QUERIES, KEYS, WINDOW)
+    low, high = _span(reach_ptr, unit, tile, length, QUERIES, KEYS)
     for first in tl.range(low, high, KEYS, num_stages=STAGES):
         j = first + tl.arange(0, KEYS)
         k_ptrs = q_ptr + HIDDEN + j[:, None] * (3 * HIDDEN) + dim[None, :]
         k = tl.load(k_ptrs, mask=(j < length)[:, None], other=0.0)
         v = tl.load(k_ptrs + HIDDEN, mask=(j < length)[:, None], other=0.0)
-        distance = _distance(i, j)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale - slope * distance
-        dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
-        seen = (j < length)[None, :]
+        distance = tl.abs(i.to(tl.float32)[:, None] - _places(j, length)[None, :])
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE - slope * distance
         if WINDOW:
-            seen = seen & (distance <= window)
-        p = tl.exp2(tl.where(seen, s - lse[:, None], MASKED))
+            s = tl.where(distance <= window, s, MASKED)
+        dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
+        p = tl.exp2(s - lse[:, None])
         ds = (p * (dp - delta[:, None])).to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision="ieee")
     dq_ptrs = dqkv_ptr + at + i[:, None] * (3 * HIDDEN) + dim[None, :]
-    tl.store(dq_ptrs, dq * (scale / LOG2_E), mask=real[:, None])
+    tl.store(dq_ptrs, dq * (SCALE / LOG2_E), mask=real[:, None])
 
 
 @triton.jit
 def dkv_kernel(
     grad_ptr, qkv_ptr, out_ptr, dqkv_ptr, lse_ptr, delta_ptr, cu_seqlens_ptr, slopes_ptr,
-    scale, window, total_nnz, num_tiles,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr,
+    window, total_nnz, reach_ptr, num_tiles,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one tile of keys; scores transposed, `(keys, queries)`."""
+    """Gradients of one tile of keys and values; scores transposed, `(keys, queries)`."""
     HIDDEN: tl.constexpr = HEADS * HEAD_DIM
-    tile, head, start, length = _place(cu_seqlens_ptr, num_tiles, HEADS)
+    tile, unit, head, start, length = _place(cu_seqlens_ptr, num_tiles, HEADS)
     if tile * KEYS >= length:
         return
     dim = tl.arange(0, HEAD_DIM)
@@ -156,10 +198,10 @@ def dkv_kernel(
     v = tl.load(k_ptrs + HIDDEN, mask=real[:, None], other=0.0)
     grad_ptr += start.to(tl.int64) * HIDDEN + head * HEAD_DIM
     rows_at = head.to(tl.int64) * total_nnz + start
-    slope = tl.load(slopes_ptr + head) * LOG2_E
+    slope = _slope(slopes_ptr, head)
     dk = tl.zeros([KEYS, HEAD_DIM], tl.float32)
     dv = tl.zeros([KEYS, HEAD_DIM], tl.float32)
-    low, high = _reach(tile, length, window, KEYS, QUERIES, WINDOW)
+    low, high = _span(reach_ptr, unit, tile, length, KEYS, QUERIES)
     for first in tl.range(low, high, QUERIES, num_stages=STAGES):
         i = first + tl.arange(0, QUERIES)
         inside = i < length
@@ -167,13 +209,11 @@ def dkv_kernel(
         q = tl.load(q_ptrs, mask=inside[:, None], other=0.0)
         grad_ptrs = grad_ptr + i[:, None] * HIDDEN + dim[None, :]
         grad = tl.load(grad_ptrs, mask=inside[:, None], other=0.0)
-        # Queries beyond the end get p = exp2(-inf) = 0. Rows of keys beyond the end may overflow:
-        # they mix with no other row and are not stored.
-        lse = tl.load(lse_ptr + rows_at + i, mask=inside, other=float("inf"))
+        lse = tl.load(lse_ptr + rows_at + i, mask=inside, other=0.0)
         delta = tl.load(delta_ptr + rows_at + i, mask=inside, other=0.0)
-        distance = _distance(j, i)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale - slope * distance
-        s -= lse[None, :]
+        distance = tl.abs(_places(j, length)[:, None] - i.to(tl.float32)[None, :])
+        s = tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE - slope * distance
+        s -= tl.where(inside, lse, FAR)[None, :]  # queries beyond the end weigh nothing
         if WINDOW:
             s = tl.where(distance <= window, s, MASKED)
         p = tl.exp2(s)
@@ -182,5 +222,5 @@ def dkv_kernel(
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
     dk_ptrs = dqkv_ptr + at + HIDDEN + j[:, None] * (3 * HIDDEN) + dim[None, :]
-    tl.store(dk_ptrs, dk * (scale / LOG2_E), mask=real[:, None])
+    tl.store(dk_ptrs, dk * (SCALE / LOG2_E), mask=real[:, None])
     tl.store(dk_ptrs + HIDDEN, dv, mask=real[:, None])

@@ -6,7 +6,7 @@ post-norm output feeds a linear layer and the next residual), so that no additio
 own, and sums the gradients of weight, bias and x_bias in registers.
 """
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
-# ruff: noqa: N803, N806
+# ruff: noqa: N803
 
 from typing import Any
 
@@ -15,49 +15,52 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mosaicbert.models.kernels.dropout import BITS, keep_mask, threshold
+from mosaicbert.models.kernels.dropout import dropout_config, keep_mask
+from mosaicbert.models.kernels.ops import kernel_op, launch
 
 
 @triton.jit
 def _summed(
-    x_ptr, residual_ptr, x_bias, seed_ptr, row, col, inside, width, drop_below, keep_scale,
-    DROPOUT: tl.constexpr,
+    x_ptr, residual_ptr, x_bias, seed_ptr, row, col, inside,
+    WIDTH: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """residual + dropout(x + x_bias) of some rows in float32, and which elements stay."""
-    at = row.to(tl.int64) * width + col
+    """The sum residual + dropout(x + x_bias) of some rows in float32, and which elements stay."""
+    at = row.to(tl.int64) * WIDTH + col
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + x_bias
     residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     keep = inside
-    if DROPOUT:
-        keep = inside & keep_mask(seed_ptr, row, col, drop_below)
-        x = tl.where(keep, x * keep_scale, 0.0)
+    if DROP_BELOW > 0:
+        keep = inside & keep_mask(seed_ptr, row, col, DROP_BELOW)
+        x = tl.where(keep, x * KEEP_SCALE, 0.0)
     return residual + x, keep
 
 
 @triton.jit
 def _forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, out_ptr, mean_ptr, rstd_ptr,
-    num_rows, width, eps, drop_below, keep_scale,
-    X_BIAS: tl.constexpr, DROPOUT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    num_rows,
+    WIDTH: tl.constexpr, EPS: tl.constexpr, X_BIAS: tl.constexpr,
+    DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row, col = rows[:, None], tl.arange(0, COLS)[None, :]
-    in_row = col < width
+    in_row = col < WIDTH
     inside = (row < num_rows) & in_row
     x_bias = 0.0
     if X_BIAS:
         x_bias = tl.load(x_bias_ptr + col, mask=in_row, other=0.0).to(tl.float32)
     z, _ = _summed(
-        x_ptr, residual_ptr, x_bias, seed_ptr, row, col, inside, width, drop_below, keep_scale,
-        DROPOUT,
+        x_ptr, residual_ptr, x_bias, seed_ptr, row, col, inside, WIDTH, DROP_BELOW,
+        KEEP_SCALE,
     )  # fmt: skip
-    mean = tl.sum(z, 1) / width
+    mean = tl.sum(z, 1) / WIDTH
     centred = tl.where(inside, z - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + EPS)
     weight = tl.load(weight_ptr + col, mask=in_row, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + col, mask=in_row, other=0.0).to(tl.float32)
     out = centred * rstd[:, None] * weight + bias
-    tl.store(out_ptr + row.to(tl.int64) * width + col, out, mask=inside)
+    tl.store(out_ptr + row.to(tl.int64) * WIDTH + col, out, mask=inside)
     tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
@@ -65,14 +68,15 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     grad_ptr, other_grad_ptr, x_ptr, residual_ptr, weight_ptr, x_bias_ptr, seed_ptr, mean_ptr,
-    rstd_ptr, dx_ptr, dresidual_ptr, partial_ptr, num_rows, width, drop_below, keep_scale,
-    OTHER_GRAD: tl.constexpr, X_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SPLIT: tl.constexpr,
+    rstd_ptr, dx_ptr, dresidual_ptr, partial_ptr, num_rows,
+    WIDTH: tl.constexpr, OTHER_GRAD: tl.constexpr, X_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`SPLIT`: dx is not simply dresidual, so it is written beside it."""
     programs = tl.num_programs(0)
     col = tl.arange(0, COLS)[None, :]
-    in_row = col < width
+    in_row = col < WIDTH
     weight = tl.load(weight_ptr + col, mask=in_row, other=0.0).to(tl.float32)
     x_bias = 0.0
     if X_BIAS:
@@ -84,13 +88,13 @@ def _backward_kernel(
         rows = first + tl.arange(0, ROWS)
         row = rows[:, None]
         inside = (row < num_rows) & in_row
-        at = row.to(tl.int64) * width + col
+        at = row.to(tl.int64) * WIDTH + col
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         if OTHER_GRAD:
             grad += tl.load(other_grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
         z, keep = _summed(
-            x_ptr, residual_ptr, x_bias, seed_ptr, row, col, inside, width, drop_below,
-            keep_scale, DROPOUT,
+            x_ptr, residual_ptr, x_bias, seed_ptr, row, col, inside, WIDTH,
+            DROP_BELOW, KEEP_SCALE,
         )  # fmt: skip
         mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
@@ -98,27 +102,27 @@ def _backward_kernel(
         dweight += grad * normed
         dbias += grad
         scaled = grad * weight
-        along = (tl.sum(scaled * normed, 1) / width)[:, None]
-        level = (tl.sum(scaled, 1) / width)[:, None]
+        along = (tl.sum(scaled * normed, 1) / WIDTH)[:, None]
+        level = (tl.sum(scaled, 1) / WIDTH)[:, None]
         dz = (scaled - level - normed * along) * rstd
         tl.store(dresidual_ptr + at, dz, mask=inside)
-        if DROPOUT:
-            dz = tl.where(keep, dz * keep_scale, 0.0)
+        if DROP_BELOW > 0:
+            dz = tl.where(keep, dz * KEEP_SCALE, 0.0)
         if SPLIT:
             tl.store(dx_ptr + at, dz, mask=inside)
         if X_BIAS:
             dx_bias += tl.where(inside, dz, 0.0)
-    partial_ptrs = partial_ptr + tl.program_id(0) * 3 * width + tl.arange(0, COLS)
-    in_row_flat = tl.arange(0, COLS) < width
+    partial_ptrs = partial_ptr + tl.program_id(0) * 3 * WIDTH + tl.arange(0, COLS)
+    in_row_flat = tl.arange(0, COLS) < WIDTH
     tl.store(partial_ptrs, tl.sum(dweight, 0), mask=in_row_flat)
-    tl.store(partial_ptrs + width, tl.sum(dbias, 0), mask=in_row_flat)
+    tl.store(partial_ptrs + WIDTH, tl.sum(dbias, 0), mask=in_row_flat)
     if X_BIAS:
-        tl.store(partial_ptrs + 2 * width, tl.sum(dx_bias, 0), mask=in_row_flat)
+        tl.store(partial_ptrs + 2 * WIDTH, tl.sum(dx_bias, 0), mask=in_row_flat)
 
 
 FORWARD = {"ROWS": 4, "num_warps": 4}
-BACKWARD = {"ROWS": 1, "STAGES": 1, "num_warps": 2}
-PROGRAMS_PER_PROCESSOR = 8
+BACKWARD = {"ROWS": 1, "STAGES": 3, "num_warps": 4}
+PROGRAMS_PER_PROCESSOR = 4
 
 
 def _programs(device: torch.device, num_rows: int) -> int:
@@ -126,53 +130,54 @@ def _programs(device: torch.device, num_rows: int) -> int:
     if device.type != "cuda":
         return min(2, num_rows)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return min(processors * PROGRAMS_PER_PROCESSOR, triton.cdiv(num_rows, BACKWARD["ROWS"]))
+    return min(processors * PROGRAMS_PER_PROCESSOR, num_rows)
 
 
-@torch.library.custom_op("mosaicbert::residual_layer_norm", mutates_args=())
+@kernel_op("residual_layer_norm")
 def layer_norm_forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None, eps: float,
     dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Output, mean and reciprocal deviation of each row."""
-    assert x.ndim == 2 and x.shape == residual.shape
-    assert x.is_contiguous() and residual.is_contiguous()
+    assert x.ndim == 2
+    assert x.shape == residual.shape
+    assert x.is_contiguous()
+    assert residual.is_contiguous()
     num_rows, width = x.shape
     out = torch.empty_like(residual)
     mean = x.new_empty(num_rows, dtype=torch.float32)
     rstd = torch.empty_like(mean)
-    drop_below = threshold(dropout_p, seed)
+    dropout = dropout_config(dropout_p, seed)
     if num_rows:
-        _forward_kernel[(triton.cdiv(num_rows, FORWARD["ROWS"]),)](
-            x, residual, weight, bias, x_bias, seed if drop_below else x, out, mean, rstd,
-            num_rows, width, eps, drop_below, 1.0 / (1.0 - drop_below / (1 << BITS)),
-            X_BIAS=x_bias is not None, DROPOUT=drop_below > 0,
-            COLS=triton.next_power_of_2(width), **FORWARD,
+        launch(
+            _forward_kernel, (triton.cdiv(num_rows, FORWARD["ROWS"]),), x, residual, weight, bias,
+            x_bias, x if seed is None else seed, out, mean, rstd, num_rows, WIDTH=width, EPS=eps,
+            X_BIAS=x_bias is not None, **dropout, COLS=triton.next_power_of_2(width), **FORWARD,
         )  # fmt: skip
     return out, mean, rstd
 
 
-@torch.library.custom_op("mosaicbert::residual_layer_norm_backward", mutates_args=())
+@kernel_op("residual_layer_norm_backward")
 def layer_norm_backward(
     grad: Tensor, other_grad: Tensor | None, x: Tensor, residual: Tensor, weight: Tensor,
     x_bias: Tensor | None, mean: Tensor, rstd: Tensor, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx (empty if it is dresidual), dresidual, and `(3, width)` dweight, dbias and dx_bias."""
+    """Gradients: dx (empty if it is dresidual), dresidual, `(3, width)` dweight, dbias, dx_bias."""
     num_rows, width = x.shape
     grad = grad.contiguous()
     other_grad = None if other_grad is None else other_grad.contiguous()
-    drop_below = threshold(dropout_p, seed)
-    split = drop_below > 0 or x.dtype != residual.dtype
+    dropout = dropout_config(dropout_p, seed)
+    split = dropout_p > 0 or x.dtype != residual.dtype
     dx, dresidual = torch.empty_like(x) if split else x.new_empty(0), torch.empty_like(residual)
     if not num_rows:
         return dx, dresidual, mean.new_zeros(3, width)
     programs = _programs(x.device, num_rows)
     partial = mean.new_empty(programs, 3, width)
-    _backward_kernel[(programs,)](
-        grad, other_grad, x, residual, weight, x_bias, seed if drop_below else x, mean, rstd, dx,
-        dresidual, partial, num_rows, width, drop_below, 1.0 / (1.0 - drop_below / (1 << BITS)),
-        OTHER_GRAD=other_grad is not None, X_BIAS=x_bias is not None, DROPOUT=drop_below > 0,
-        SPLIT=split, COLS=triton.next_power_of_2(width), **BACKWARD,
+    launch(
+        _backward_kernel, (programs,), grad, other_grad, x, residual, weight, x_bias,
+        x if seed is None else seed, mean, rstd, dx, dresidual, partial, num_rows, WIDTH=width,
+        OTHER_GRAD=other_grad is not None, X_BIAS=x_bias is not None, SPLIT=split, **dropout,
+        COLS=triton.next_power_of_2(width), **BACKWARD,
     )  # fmt: skip
     return dx, dresidual, partial.sum(0)
 
@@ -191,7 +196,7 @@ def _(
     grad: Tensor, other_grad: Tensor | None, x: Tensor, residual: Tensor, weight: Tensor,
     x_bias: Tensor | None, mean: Tensor, rstd: Tensor, dropout_p: float, seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    split = threshold(dropout_p, seed) > 0 or x.dtype != residual.dtype
+    split = dropout_p > 0 or x.dtype != residual.dtype
     dx = torch.empty_like(x) if split else x.new_empty(0)
     return dx, torch.empty_like(residual), mean.new_empty(3, x.shape[1])
 
