@@ -1,11 +1,20 @@
-"""The configuration of Mosaic BERT: Hugging Face BERT's keys and a few of its own."""
+"""The configurations: Hugging Face BERT's keys and a few of our own."""
 
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
-from mosaicbert.errors import ConfigError
+from mosaicbert.errors import ConfigError, did_you_mean
+
+logger = logging.getLogger(__name__)
 
 VOCAB_MULTIPLE = 8
-"""Embedding rows are padded to this multiple, for tensor cores."""
+"""Embedding rows of Mosaic BERT are padded to this multiple, for tensor cores."""
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -13,18 +22,7 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
-class MosaicBertConfig(PretrainedConfig):  # type: ignore[misc]
-    """Shape of a Mosaic BERT; saved as `config.json` beside the weights.
-
-    `vocab_size` counts the tokens there are; the embedding has `padded_vocab_size` rows, of which
-    the last are never predicted. (The original's checkpoints count the padded rows as tokens.)
-    There are no position embeddings, so `max_position_embeddings` limits nothing: ALiBi
-    extrapolates. `alibi_starting_size` and the keys of BERT without a meaning here are kept so
-    that configurations pass through unchanged.
-    """
-
-    model_type = "mosaic_bert"
-
+class _BertShape(PretrainedConfig):  # type: ignore[misc]
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -32,15 +30,69 @@ class MosaicBertConfig(PretrainedConfig):  # type: ignore[misc]
     intermediate_size: int = 3072
     hidden_act: str = "gelu"
     hidden_dropout_prob: float | int = 0.1
-    attention_probs_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.1
     max_position_embeddings: int = 512
-    alibi_starting_size: int = 512
     type_vocab_size: int = 2
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
     classifier_dropout: float | int | None = None
     tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: object) -> None:
+        super().__post_init__(**kwargs)
+        check_shape(self)
+
+
+def check_shape(config: PretrainedConfig) -> None:
+    """Raise ConfigError for sizes that cannot be."""
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "intermediate_size",
+        "type_vocab_size",
+    ):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}: {value!r} must be a whole number of at least 1.")
+    if config.hidden_size % config.num_attention_heads:
+        raise ConfigError(
+            f"hidden_size {config.hidden_size} does not divide by num_attention_heads "
+            f"{config.num_attention_heads}: change one of them."
+        )
+
+
+@strict
+class HfBertConfig(_BertShape):
+    """A BERT that `algorithms` changed; see `hf_bert`."""
+
+    model_type = "hf_bert"
+
+    use_cache: bool = False
+    is_decoder: bool = False
+    add_cross_attention: bool = False
+    gated_linear_units: bool = False
+    """The feed-forward layers are gated."""
+    alibi: bool = False
+    """ALiBi stands in for the position embeddings."""
+
+
+@strict
+class MosaicBertConfig(_BertShape):
+    """Shape of a Mosaic BERT; saved as `config.json` beside the weights.
+
+    `vocab_size` counts the tokens there are; the embedding has `padded_vocab_size` rows, of which
+    the last are never predicted. (The original's checkpoints count the padded rows as tokens.)
+    There are no position embeddings, so `max_position_embeddings` and `alibi_starting_size` limit
+    nothing: ALiBi extrapolates. They are kept for those who read them.
+    """
+
+    model_type = "mosaic_bert"
+
+    attention_probs_dropout_prob: float | int = 0.0
+    alibi_starting_size: int = 512
     attention_window: int | None = None
     """See only keys at most this far away; None: the whole sequence."""
     attention_backend: str | None = None
@@ -48,11 +100,6 @@ class MosaicBertConfig(PretrainedConfig):  # type: ignore[misc]
 
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"hidden_size {self.hidden_size} does not divide by num_attention_heads "
-                f"{self.num_attention_heads}: change one of them."
-            )
         if self.hidden_act != "gelu":
             raise ConfigError(f"hidden_act {self.hidden_act!r}: Mosaic BERT knows 'gelu' (exact).")
 
@@ -65,3 +112,44 @@ class MosaicBertConfig(PretrainedConfig):  # type: ignore[misc]
     def padded_vocab_size(self) -> int:
         """Rows of the word embedding."""
         return padded_vocab_size(self.vocab_size)
+
+
+RENAMED = {"max_position_embedding": "max_position_embeddings"}
+"""Misspellings of the original's own YAMLs, which it swallowed."""
+
+_WITHOUT_MEANING = {"position_embedding_type", "use_cache", "is_decoder", "add_cross_attention"}
+"""Keys of BERT that change nothing here, at the values BERT has."""
+
+
+def checked_keys(config_class: type, changes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`changes` of a configuration, after a look at every key.
+
+    Raises:
+        ConfigError: there is no such key; suggests the near one.
+    """
+    known = {field.name for field in dataclasses.fields(config_class)} - {"architectures"}
+    checked = {}
+    for key, value in changes.items():
+        name = RENAMED.get(key, key)
+        if name != key:
+            logger.warning("%s.%s is read as %s.", where, key, name)
+        if name in _WITHOUT_MEANING - known:
+            logger.warning("%s.%s changes nothing in this model.", where, key)
+        elif name not in known | {"num_labels"}:
+            raise ConfigError(
+                f"{where}.{key}: there is no such key.{did_you_mean(key, known)} The keys are "
+                f"those of BERT's configuration: {', '.join(sorted(_BertShape.__annotations__))}."
+            )
+        else:
+            checked[name] = value
+    return checked
+
+
+def make_config(config_class: Any, values: Mapping[str, Any]) -> Any:
+    """A configuration of `values`; a value of the wrong kind is a ConfigError."""
+    try:
+        config = config_class(**values)
+        check_shape(config)
+        return config
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error

@@ -1,4 +1,4 @@
-"""Losses and FLOP counts that Mosaic BERT and HF BERT share."""
+"""Checks, losses and FLOP counts that Mosaic BERT and HF BERT share."""
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,18 @@ def problem_type(config_value: str | None, num_labels: int) -> str:
     if config_value not in PROBLEM_TYPES:
         raise ConfigError(f"problem_type {config_value!r}: choose one of {PROBLEM_TYPES}.")
     return config_value
+
+
+def check_ids(input_ids: Tensor, vocab_size: int) -> None:
+    """Raise ConfigError where an embedding would answer with a device-side assert."""
+    if input_ids.is_floating_point():
+        raise ConfigError(f"input_ids are {input_ids.dtype}: they must be whole numbers.")
+    low, high = (int(x) for x in input_ids.aminmax()) if input_ids.numel() else (0, 0)
+    if low < 0 or high >= vocab_size:
+        raise ConfigError(
+            f"input_ids reach from {low} to {high}, but the model knows 0 to {vocab_size - 1}: "
+            "the tokenizer does not belong to this model."
+        )
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from transformers.utils.generic import can_return_tuple
 
 from mosaicbert.batch import Batch, LossOutput
 from mosaicbert.errors import ConfigError
+from mosaicbert.models import register
 from mosaicbert.models.attention import sequence_ids
 from mosaicbert.models.configuration import MosaicBertConfig, padded_vocab_size
 from mosaicbert.models.encoder import (
@@ -30,6 +31,7 @@ from mosaicbert.models.encoder import (
     MosaicBertPooler,
 )
 from mosaicbert.models.heads import (
+    check_ids,
     classification_loss_sum,
     cross_entropy_sum,
     mean_loss,
@@ -115,7 +117,7 @@ class MosaicBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         output_hidden_states: bool | None,
     ) -> tuple[Tensor, Packed, tuple[Tensor, ...] | None]:
         """Padded batch -> `(total_nnz, hidden)`, how to pad it again, all hidden states padded."""
-        self.base_model.check_ids(input_ids)
+        check_ids(input_ids, self.config.vocab_size)
         packed = pack(input_ids, attention_mask, token_type_ids)
         states: list[Tensor] = []
         x = self.base_model.encode(
@@ -172,17 +174,6 @@ class MosaicBertModel(MosaicBertPreTrainedModel):
         """Put another word embedding in."""
         self.embeddings.word_embeddings = value
 
-    def check_ids(self, input_ids: Tensor) -> None:
-        """Raise ConfigError where an embedding would answer with a device-side assert."""
-        if input_ids.is_floating_point():
-            raise ConfigError(f"input_ids are {input_ids.dtype}: they must be whole numbers.")
-        low, high = (int(x) for x in input_ids.aminmax()) if input_ids.numel() else (0, 0)
-        if low < 0 or high >= self.config.vocab_size:
-            raise ConfigError(
-                f"input_ids reach from {low} to {high}, but the model knows 0 to "
-                f"{self.config.vocab_size - 1}: the tokenizer does not belong to this model."
-            )
-
     def encode(
         self,
         input_ids: Tensor,
@@ -196,7 +187,7 @@ class MosaicBertModel(MosaicBertPreTrainedModel):
         `hidden_states` receives the output of the embeddings and of each layer.
         """
         if input_ids.device.type == "cpu":  # elsewhere this would wait for the device
-            self.check_ids(input_ids)
+            check_ids(input_ids, self.config.vocab_size)
         x = self.embeddings(input_ids, token_type_ids)
         plan = self.encoder.plan(x, cu_seqlens, max_seqlen)
         return self.encoder(x, plan, hidden_states)
@@ -379,3 +370,6 @@ class MosaicBertForTokenClassification(_WithClassifier):
             targets = packed.pack(labels)
             loss = mean_loss(cross_entropy_sum(logits, targets), targets)
         return TokenClassifierOutput(loss=loss, logits=packed.pad(logits), hidden_states=states)
+
+
+register.install()  # where this import brought the Auto classes in, they found it unfinished

@@ -1,0 +1,201 @@
+"""A model from the `model` section of a YAML; and its compilation."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, BertConfig
+
+from mosaicbert.config.sections import AlgorithmsConfig, ModelConfig
+from mosaicbert.errors import ConfigError
+from mosaicbert.models.checkpoints import load, load_weights
+from mosaicbert.models.configuration import (
+    HfBertConfig,
+    MosaicBertConfig,
+    checked_keys,
+    make_config,
+    padded_vocab_size,
+)
+from mosaicbert.models.mosaic_bert import MosaicBertForMaskedLM, MosaicBertPreTrainedModel
+from mosaicbert.models.register import Task, model_class
+
+logger = logging.getLogger(__name__)
+
+BASE: dict[str, Any] = {}
+LARGE = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+}
+
+
+def _miniature(layers: int, width: int) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "intermediate_size": 4 * width,
+    }
+
+
+SHAPES = {
+    "bert-base-uncased": BASE,
+    "bert-base-cased": BASE,
+    "bert-large-uncased": LARGE,
+    "bert-large-cased": LARGE,
+    "prajjwal1/bert-tiny": _miniature(2, 128),
+    "prajjwal1/bert-mini": _miniature(4, 256),
+    "prajjwal1/bert-small": _miniature(4, 512),
+    "prajjwal1/bert-medium": _miniature(8, 512),
+    "mosaicml/mosaic-bert-base": BASE,
+}
+"""Shapes known without a hub, as changes of BERT base."""
+
+_GRAPH_LIMIT = 64
+"""Shapes of microbatches that one layer may be compiled for."""
+
+
+def build_model(
+    settings: ModelConfig,
+    task: Task,
+    *,
+    num_labels: int | None = None,
+    problem_type: str | None = None,
+    algorithms: AlgorithmsConfig | None = None,
+    max_seq_len: int,
+    vocab_size: int,
+) -> nn.Module:
+    """The model that a YAML's `model` and `algorithms` describe, on the CPU, in training mode.
+
+    Args:
+        task: which head.
+        num_labels: outputs of a classifier; 1 is a regression unless `problem_type` differs.
+        problem_type: `single_label_classification`, `multi_label_classification`, `regression`.
+        max_seq_len: longest sequence it will see.
+        vocab_size: tokens of the tokenizer.
+
+    Raises:
+        ConfigError: an unknown name or key, or sizes that cannot be.
+        CheckpointError: the weights to start from cannot be read or do not fit.
+    """
+    config_class, changes = _class_and_changes(settings, algorithms)
+    labels = {"num_labels": num_labels} if num_labels is not None else {}
+    if problem_type is not None:
+        labels["problem_type"] = problem_type  # type: ignore[assignment]
+    if settings.use_pretrained:
+        name = settings.pretrained_model_name
+        name = f"google-bert/{name}" if name in SHAPES and "/" not in name else name
+        model = load(name, task, **changes, **labels).train()
+        if model.config.model_type != config_class.model_type:  # type: ignore[union-attr]
+            raise ConfigError(
+                f"model.use_pretrained: the weights of {name} are a "
+                f"{model.config.model_type!r}, which model.name {settings.name!r} "  # type: ignore[union-attr]
+                "with these algorithms cannot take. Set use_pretrained: false for its shape alone."
+            )
+    else:
+        shape = {"vocab_size": vocab_size, "num_labels": 2} | _known_shape(settings) | changes
+        config = make_config(config_class, shape | labels)
+        model = model_class(config.model_type, task)(config)
+    _check_lengths(model.config, max_seq_len, vocab_size)
+    if settings.pretrained_checkpoint:
+        load_weights(model, settings.pretrained_checkpoint)
+    if settings.gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    return model
+
+
+def _class_and_changes(
+    settings: ModelConfig, algorithms: AlgorithmsConfig | None
+) -> tuple[Any, dict[str, Any]]:
+    """Which configuration, and what the YAML changes in it."""
+    if settings.name != "hf_bert":
+        changes = checked_keys(MosaicBertConfig, settings.overrides, "model.model_config")
+        return MosaicBertConfig, changes
+    used = {
+        name: True
+        for name in ("gated_linear_units", "alibi")
+        if algorithms is not None and getattr(algorithms, name) is not None
+    }
+    config_class = HfBertConfig if used else BertConfig
+    changes = checked_keys(config_class, settings.overrides, "model.model_config")
+    return config_class, changes | used
+
+
+def _known_shape(settings: ModelConfig) -> dict[str, Any]:
+    """The shape that `pretrained_model_name` names: known, a folder's, or the hub's."""
+    name = settings.pretrained_model_name
+    short = name.removeprefix("google-bert/")
+    if short in SHAPES:
+        return SHAPES[short]
+    try:
+        found = AutoConfig.from_pretrained(name, local_files_only=Path(name).exists())
+    except Exception as error:  # transformers and the hub's client raise every kind
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"model.pretrained_model_name: the shape of {name!r} is not known here, and it is no "
+            f"folder with a config.json and not on the hub or in its cache ({reason}). Names that "
+            f"need no hub: {', '.join(SHAPES)}."
+        ) from error
+    if found.model_type not in ("bert", "hf_bert", "mosaic_bert"):
+        raise ConfigError(
+            f"model.pretrained_model_name: {name!r} is a {found.model_type!r}, not a BERT."
+        )
+    keys = MosaicBertConfig().to_diff_dict().keys() | MosaicBertConfig().to_dict().keys()
+    drop = {"model_type", "architectures", "vocab_size", "transformers_version", "dtype"}
+    keys = (keys - drop) & found.to_dict().keys()
+    if settings.name != "hf_bert":  # BERT's attention dropout is not Mosaic BERT's
+        keys.discard("attention_probs_dropout_prob")
+    return {key: getattr(found, key) for key in sorted(keys)}
+
+
+def _check_lengths(config: Any, max_seq_len: int, vocab_size: int) -> None:
+    rows = padded_vocab_size(config.vocab_size)
+    if rows < vocab_size:
+        raise ConfigError(
+            f"The tokenizer has {vocab_size} tokens, the model {config.vocab_size}: they do not "
+            "belong together. Leave model.model_config.vocab_size out, or change tokenizer_name."
+        )
+    if isinstance(config, MosaicBertConfig):
+        config.alibi_starting_size = max(config.alibi_starting_size, max_seq_len)
+    elif max_seq_len > config.max_position_embeddings and not getattr(config, "alibi", False):
+        raise ConfigError(
+            f"max_seq_len is {max_seq_len}, but hf_bert has {config.max_position_embeddings} "
+            "positions. Set model.model_config.max_position_embeddings, use algorithms.alibi, or "
+            "use mosaic_bert, which knows no limit."
+        )
+
+
+def enable_gradient_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass."""
+    # transformers renamed it, and the old name warns
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable()
+
+
+def is_packed(model: nn.Module) -> bool:
+    """Whether the model trains on packed batches (Mosaic BERT) or padded ones (HF BERT)."""
+    return isinstance(model, MosaicBertPreTrainedModel)
+
+
+def compile_model(model: nn.Module) -> None:
+    """Compile in place, for batches of few shapes.
+
+    Mosaic BERT: layer by layer. All layers have the same code and shapes, so that one graph serves
+    all and compilation takes seconds; what lies between layers is fused into none of them anyway.
+    HF BERT: the whole forward pass.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPH_LIMIT)
+    if not isinstance(model, MosaicBertPreTrainedModel):
+        model.compile(dynamic=False)
+        return
+    encoder: Any = model.base_model
+    encoder.embeddings.compile(dynamic=False, fullgraph=True)
+    for layer in encoder.encoder.layer:
+        layer.compile(dynamic=False, fullgraph=True)
+    if isinstance(model, MosaicBertForMaskedLM):
+        compiled = torch.compile(model.head_loss, dynamic=False, fullgraph=True)
+        model.head_loss = compiled  # type: ignore[method-assign]

@@ -1,0 +1,212 @@
+"""Tensors out of files and folders: safetensors, torch's pickles (restricted), Composer's."""
+
+import json
+import pickle
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from fsspec.core import url_to_fs
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mosaicbert.errors import CheckpointError
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = tuple(f"{name}.index.json" for name in WEIGHT_FILES)
+LATEST = "latest"
+"""File of a save folder that names its newest checkpoint."""
+TRAINER_STATE = ("composer", "torchmetrics", "numpy", "datetime", "collections", "_codecs", "torch")
+"""Modules whose objects a Composer checkpoint holds beside the weights."""
+
+
+@contextmanager
+def local_copy(path: str | Path) -> Iterator[Path]:
+    """`path` itself if it is here, else a temporary copy of what loading needs."""
+    text = str(path)
+    if "://" not in text:
+        local = Path(text).expanduser()
+        yield local if local.exists() else _from_hub(text)
+        return
+    with tempfile.TemporaryDirectory(prefix="mosaicbert-") as folder:
+        try:
+            yield _fetch(text, Path(folder))
+        except (OSError, ValueError, ImportError) as error:
+            raise CheckpointError(f"{text} cannot be copied here: {error}") from error
+
+
+def _fetch(uri: str, folder: Path) -> Path:
+    files, root = url_to_fs(uri)
+    if files.isfile(root):
+        target = folder / Path(root).name
+        files.get_file(root, str(target))
+        return target
+    if not files.isdir(root):
+        raise CheckpointError(f"{uri} does not exist.")
+    if files.isfile(f"{root}/{LATEST}"):
+        root = f"{root}/{files.cat_file(f'{root}/{LATEST}').decode().strip()}"
+    for entry in files.ls(root, detail=False):
+        name = Path(entry).name
+        wanted = name.endswith((".json", ".safetensors", ".bin", ".pt", ".txt"))
+        if wanted and name != "optimizer.safetensors":
+            files.get_file(entry, str(folder / name))
+    return folder
+
+
+def _from_hub(name: str) -> Path:
+    """A folder of the hub's cache, filled where the network allows."""
+    missing = f"{name} does not exist here"
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{missing}. Give a checkpoint's file or folder.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = ["*.json", "*.txt", "*.safetensors", "pytorch_model*.bin"]
+        return Path(snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # the hub's client raises every kind
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{missing}, and as a name on the hub it cannot be fetched: {reason}"
+        ) from error
+
+
+def read_folder_or_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """Tensors under the names they were saved with, and the configuration beside them."""
+    if path.is_dir():
+        return _read_folder(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path), None
+    return _from_pickle(path)
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    latest = folder / LATEST
+    if latest.is_file():
+        folder = folder / latest.read_text().strip()
+    config = folder / "config.json"
+    found = _read_json(config) if config.is_file() else None
+    for name in INDEX_FILES:
+        if (folder / name).is_file():
+            weights: dict[str, Tensor] = {}
+            for shard in sorted(set(_read_json(folder / name)["weight_map"].values())):
+                weights |= read_folder_or_file(folder / shard)[0]
+            return weights, found
+    files = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if not files:  # Composer's save folder, or a folder with nothing but the weights
+        files = sorted(folder.glob("latest-rank0*")) or [
+            file for file in sorted(folder.iterdir()) if file.suffix in (".pt", ".safetensors")
+        ]
+    if len(files) == 0 or (len(files) > 1 and files[0].name not in WEIGHT_FILES):
+        names = ", ".join(file.name for file in files)
+        raise CheckpointError(
+            f"{folder} holds {f'several checkpoints ({names})' if files else 'no checkpoint'}: "
+            f"give one file, or a folder with {' or '.join(WEIGHT_FILES)}, or with a file "
+            f"{LATEST!r} that names one."
+        )
+    weights, inside = read_folder_or_file(files[0])
+    return weights, found or inside
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object.")
+    return content
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+    return tensors
+
+
+# --- pickles --------------------------------------------------------------------------------------
+
+
+class _Inert:
+    """Stands in for an object of a trainer's state: takes anything, does nothing."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> "_Inert":
+        return object.__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+    def __setitem__(self, key: object, value: object) -> None: ...
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def append(self, item: object) -> None:
+        """For pickles of lists."""
+
+    def extend(self, items: object) -> None:
+        """For pickles of lists."""
+
+
+def _from_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """A bare state dict, or the model and its configuration out of a Composer checkpoint."""
+    content = _unpickle(path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict.")
+    state = content.get("state")
+    if isinstance(state, Mapping) and isinstance(state.get("model"), Mapping):
+        weights = state["model"]
+        where = state.get("integrations", {})
+        for key in ("huggingface", "model", "config", "content"):
+            where = where.get(key, {}) if isinstance(where, Mapping) else {}
+        config = dict(where) if isinstance(where, Mapping) and where else None
+    else:
+        weights, config = content, None
+        for key in ("state_dict", "model"):
+            if isinstance(content.get(key), Mapping):
+                weights = content[key]
+    if not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise CheckpointError(
+            f"{path} holds no state dict: its keys are {', '.join(map(str, list(content)[:8]))}."
+        )
+    return dict(weights), config
+
+
+def _unpickle(path: Path) -> Any:
+    if not zipfile.is_zipfile(path):
+        return _restricted_load(path, mmap=False)  # torch's format before 1.6, or no pickle at all
+    try:
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    except (RuntimeError, pickle.UnpicklingError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    refused = [name for name in unknown if name.split(".")[0] not in TRAINER_STATE]
+    if refused:
+        raise CheckpointError(
+            f"{path} holds code, not only tensors: it would call {', '.join(refused)}. Nothing of "
+            "it was run. Save the model's state_dict() alone."
+        )
+    stubs: list[Any] = [(type("_Inert", (_Inert,), {}), name) for name in unknown]
+    with torch.serialization.safe_globals(stubs):
+        return _restricted_load(path, mmap=True)
+
+
+def _restricted_load(path: Path, mmap: bool) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        raise CheckpointError(
+            f"{path} is no checkpoint, or holds code; nothing of it was run ({reason})."
+        ) from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error

@@ -1,0 +1,219 @@
+"""Models from the `model` section of a YAML."""
+
+import json
+
+import pytest
+import torch
+
+from mosaicbert.batch import Batch
+from mosaicbert.config.sections import AlgorithmsConfig, ModelConfig
+from mosaicbert.errors import CheckpointError, ConfigError
+from mosaicbert.models.build import SHAPES, build_model, compile_model, is_packed
+
+TINY = "prajjwal1/bert-tiny"
+
+
+def settings(**keys):
+    return ModelConfig.model_validate({"pretrained_model_name": TINY, **keys})
+
+
+def build(task="mlm", *, max_seq_len=32, vocab_size=99, num_labels=None, algorithms=None, **keys):
+    return build_model(
+        settings(**keys),
+        task,
+        num_labels=num_labels,
+        algorithms=algorithms,
+        max_seq_len=max_seq_len,
+        vocab_size=vocab_size,
+    )
+
+
+def packed_batch():
+    return Batch(
+        input_ids=torch.tensor([2, 5, 3, 2, 7, 8, 3]),
+        cu_seqlens=torch.tensor([0, 3, 7], dtype=torch.int32),
+        max_seqlen=4,
+        target_positions=torch.tensor([1, 5]),
+        labels=torch.tensor([5, 9]),
+        num_targets=2,
+        num_tokens=7,
+        num_samples=2,
+    )
+
+
+def padded_batch():
+    return Batch(
+        input_ids=torch.tensor([[2, 5, 3, 0], [2, 7, 8, 3]]),
+        attention_mask=torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]),
+        max_seqlen=4,
+        target_positions=torch.tensor([1, 6]),
+        labels=torch.tensor([5, 9]),
+        num_targets=2,
+        num_tokens=7,
+        num_samples=2,
+    )
+
+
+@pytest.mark.parametrize("name", ["hf_bert", "mosaic_bert"])
+@pytest.mark.parametrize("task", ["mlm", "classification", "token-classification", "embedding"])
+def test_every_name_and_task(name, task):
+    model = build(task, name=name, num_labels=3)
+    assert model.training
+    assert is_packed(model) == (name != "hf_bert")
+    config = model.config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (128, 2, 2)
+    assert config.intermediate_size == 512
+    assert config.vocab_size == 99
+    assert model.flops_per_token(32) > 0
+    if task != "embedding" and task != "mlm":
+        assert config.num_labels == 3
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_known_shapes_need_no_hub(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with torch.device("meta"):
+        model = build(name="mosaic_bert", pretrained_model_name=name, vocab_size=30522)
+    if name in ("bert-base-uncased", "mosaicml/mosaic-bert-base"):
+        assert sum(p.numel() for p in model.parameters()) == 137_400_384
+    heads = model.config.num_attention_heads
+    assert model.config.hidden_size == 64 * heads
+
+
+def test_google_s_prefix():
+    with torch.device("meta"):
+        model = build(pretrained_model_name="google-bert/bert-large-uncased")
+    assert model.config.num_hidden_layers == 24
+
+
+def test_the_shape_of_a_folder(tmp_path):
+    config = {"model_type": "bert", "hidden_size": 64, "num_attention_heads": 2}
+    config |= {"num_hidden_layers": 3, "intermediate_size": 100, "vocab_size": 7}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = build(name="mosaic_bert", pretrained_model_name=str(tmp_path))
+    assert model.config.num_hidden_layers == 3
+    assert model.config.intermediate_size == 100
+    assert model.config.vocab_size == 99
+    assert model.config.attention_probs_dropout_prob == 0.0
+
+
+def test_a_name_nobody_knows(monkeypatch):
+    monkeypatch.setattr(
+        "mosaicbert.models.build.AutoConfig.from_pretrained",
+        lambda *a, **k: (_ for _ in ()).throw(OSError("no network")),
+    )
+    with pytest.raises(ConfigError, match="Names that need no hub: bert-base"):
+        build(pretrained_model_name="someone/some-model")
+
+
+@pytest.mark.parametrize("name", ["hf_bert", "mosaic_bert"])
+def test_overrides(name, caplog):
+    model = build(
+        name=name,
+        model_config={"num_hidden_layers": 1, "max_position_embedding": 700, "hidden_size": 64},
+    )
+    assert model.config.num_hidden_layers == 1
+    assert model.config.hidden_size == 64
+    assert model.config.max_position_embeddings == 700
+    assert "read as max_position_embeddings" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["hf_bert", "mosaic_bert"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hiden_layers": 1}, 'Did you mean "num_hidden_layers"'),
+        ({"hidden_size": 127}, "does not divide"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"num_hidden_layers": 0}, "at least 1"),
+        ({"num_attention_heads": -2}, "at least 1"),
+        ({"vocab_size": 50}, "tokenizer has 99 tokens"),
+    ],
+)
+def test_impossible_overrides(name, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        build(name=name, model_config=changes)
+
+
+def test_sequences_beyond_the_position_table():
+    with pytest.raises(ConfigError, match="max_position_embeddings"):
+        build(name="hf_bert", max_seq_len=513)
+    build(name="hf_bert", max_seq_len=513, algorithms=AlgorithmsConfig(alibi={}))
+    assert build(name="mosaic_bert", max_seq_len=2048).config.alibi_starting_size == 2048
+
+
+def test_algorithms_change_hf_bert():
+    plain = build(name="hf_bert")
+    both = build(name="hf_bert", algorithms=AlgorithmsConfig(alibi={}, gated_linear_units={}))
+    assert plain.config.model_type == "bert"
+    assert both.config.model_type == "hf_bert"
+    names = set(both.state_dict())
+    assert not any("position" in name for name in names)
+    assert "bert.encoder.layer.0.intermediate.gated_layers.weight" in names
+    assert both.loss(padded_batch()).loss_sum.isfinite()
+
+
+def test_weights_to_start_from(tmp_path):
+    first = build(name="mosaic_bert", use_pretrained=False)
+    first.save_pretrained(tmp_path)
+    again = build(name="mosaic_bert", pretrained_checkpoint=str(tmp_path))
+    whole = build(name="mosaic_bert", use_pretrained=True, pretrained_model_name=str(tmp_path))
+    assert whole.training
+    wo = [m.bert.encoder.layer[1].mlp.wo.weight for m in (first, again, whole)]
+    assert torch.equal(wo[0], wo[1])
+    assert torch.equal(wo[0], wo[2])
+    with pytest.raises(CheckpointError, match=r"model\.name"):
+        build(name="hf_bert", pretrained_checkpoint=str(tmp_path))
+    with pytest.raises(ConfigError, match="use_pretrained: false"):
+        build(name="hf_bert", use_pretrained=True, pretrained_model_name=str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["hf_bert", "mosaic_bert"])
+def test_gradient_checkpointing(name):
+    batch = packed_batch() if name == "mosaic_bert" else padded_batch()
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = build(name=name, gradient_checkpointing=checkpointing)
+        torch.manual_seed(1)
+        model.loss(batch).loss_sum.backward()
+        grads.append(model.bert.embeddings.word_embeddings.weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_the_same_seed_gives_the_same_weights():
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        models.append(build(name="mosaic_bert"))
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize(
+    ("name", "task", "num_graphs"),
+    [("mosaic_bert", "mlm", 3), ("mosaic_bert", "classification", 2), ("hf_bert", "mlm", 1)],
+)
+def test_compiled_models_give_the_same_loss(name, task, num_graphs, monkeypatch):
+    """One graph each for embeddings, layer and head; HF BERT is one."""
+    batch = packed_batch() if name == "mosaic_bert" else padded_batch()
+    if task == "classification":
+        batch.labels = torch.tensor([0, 1])
+    torch.manual_seed(0)
+    model = build(task, name=name, num_labels=2).eval()
+    want = model.loss(batch, return_logits=True)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **k: compiled(f, backend=backend, **k))
+    torch._dynamo.reset()
+    compile_model(model)
+    got = model.loss(batch, return_logits=True)
+    torch.testing.assert_close(got.loss_sum, want.loss_sum)
+    torch.testing.assert_close(got.logits, want.logits)
+    assert len(graphs) == num_graphs
