@@ -1,6 +1,6 @@
 """How fast `mosaicbert convert` is on one core, plain and with `--tokenize`.
 
-    python benchmarks/convert_speed.py DATA [--megabytes 5] [--repeats 9] [--out benchmarks/records/NAME.json]
+    python benchmarks/convert_speed.py DATA [--out benchmarks/records/NAME.json]
 
 DATA is a folder or file that `convert` reads. Some of its documents are written to one uncompressed
 JSONL file; then, in alternation and on one core, it is converted plainly, converted with

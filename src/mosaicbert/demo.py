@@ -1,7 +1,7 @@
 """The whole product in a few minutes: text, shards, two pre-trainings, two fine-tunings, one table.
 
-Everything is small: the bundled sample text, models of four layers, some hundred steps. What it shows
-is that each part works and what the numbers look like, not how good the models can get.
+Everything is small: the bundled sample text, models of four layers, some hundred steps. What it
+shows is that each part works and what the numbers look like, not how good models can get.
 """
 
 import argparse

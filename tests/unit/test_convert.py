@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from mosaicbert.data import convert, convert_jobs, sources
+from mosaicbert.data import convert, convert_jobs, convert_pieces, sources
 from mosaicbert.data.convert_samples import check_tokenization
 from mosaicbert.data.mds import Shard, ensure_raw, read_index
 from mosaicbert.data.tokenizers import load_tokenizer
@@ -33,7 +33,9 @@ DOCUMENTS = [f"Document {i}: " + "some words é " * (i % 7) for i in range(200)]
 def run(*words: object) -> int:
     parser = argparse.ArgumentParser()
     convert.add_arguments(parser)
-    return convert.main(parser.parse_args([str(word) for word in ("--quiet", *words)]))
+    return convert.main(
+        parser.parse_args([str(word) for word in ("--quiet", "--num_workers", 1, *words)])
+    )
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -221,7 +223,7 @@ def test_hub_data_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", module)
     sources.hub_dataset.cache_clear()
-    run("--dataset", "c4", "--out_root", tmp_path / "o", "--splits", "val", "--num_workers", 1)
+    run("--dataset", "c4", "--out_root", tmp_path / "o", "--splits", "val")
     assert asked == [("allenai/c4", "en", "validation", True)]
     assert texts(tmp_path / "o/val") == ["a", "b", "c"]
     parts[1].append("break")
@@ -302,14 +304,14 @@ def test_workers_shares_and_one_process_give_the_same_files(tmp_path: Path) -> N
         "train",
         "val",
     ]
-    run(*words, "--out_root", tmp_path / "one", "--num_workers", 1)
+    run(*words, "--out_root", tmp_path / "one")
     run(*words, "--out_root", tmp_path / "two", "--num_workers", 2)
     for share in ("1/3", "0/3"):
-        run(*words, "--out_root", tmp_path / "shares", "--num_workers", 1, "--shard", share)
+        run(*words, "--out_root", tmp_path / "shares", "--shard", share)
     with pytest.raises(DataError, match="pieces are not done yet"):
         run("--merge", "--out_root", tmp_path / "shares")
     assert not list((tmp_path / "shares").rglob("index.json"))
-    run(*words, "--out_root", tmp_path / "shares", "--num_workers", 1, "--shard", "2/3")
+    run(*words, "--out_root", tmp_path / "shares", "--shard", "2/3")
     run("--merge", "--out_root", tmp_path / "shares")
     assert files(tmp_path / "one") == files(tmp_path / "two") == files(tmp_path / "shares")
     assert texts(tmp_path / "one/train") == DOCUMENTS
@@ -317,7 +319,7 @@ def test_workers_shares_and_one_process_give_the_same_files(tmp_path: Path) -> N
 
 def test_shares_made_apart_are_merged_from_one_folder(tmp_path: Path) -> None:
     source = write_c4(tmp_path / "c4")
-    words = ["--dataset", source, "--size_limit", 1500, "--splits", "train", "--num_workers", 1]
+    words = ["--dataset", source, "--size_limit", 1500, "--splits", "train"]
     for i in range(2):
         run(*words, "--out_root", tmp_path / f"machine{i}", "--shard", f"{i}/2")
         subprocess.run(["cp", "-r", f"{tmp_path}/machine{i}/.", tmp_path / "all"], check=True)
@@ -332,10 +334,10 @@ def test_going_on_makes_only_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_c4(tmp_path / "c4")
-    words = ["--dataset", source, "--size_limit", 1500, "--splits", "train", "--num_workers", 1]
+    words = ["--dataset", source, "--size_limit", 1500, "--splits", "train"]
     run(*words, "--out_root", tmp_path / "whole")
     made: list[int] = []
-    real = convert_jobs.convert_piece
+    real = convert_pieces.convert_piece
 
     def counted(folder: Path, request: Any, piece: Any, report: Any) -> None:
         if len(made) == 2:
@@ -382,7 +384,7 @@ def test_a_changed_source_is_converted_anew(
     bad = source / "en/c4-train.00003-of-00005.json.gz"
     good = bad.read_bytes()
     bad.write_bytes(gzip.compress(json_lines(["fine"]) + b"{not json\n"))
-    words = ["--dataset", source, "--splits", "train", "--size_limit", 1500, "--num_workers", 1]
+    words = ["--dataset", source, "--splits", "train", "--size_limit", 1500]
     with pytest.raises(DataError, match=r"c4-train.00003-of-00005.json.gz, line 2: not JSON"):
         run(*words, "--out_root", tmp_path / "o")
     bad.write_bytes(good)
@@ -431,7 +433,7 @@ def test_kill_9_at_random_moments(tmp_path: Path, num_workers: int, times: int) 
         documents = gzip.decompress(path.read_bytes())
         path.write_bytes(gzip.compress(documents * 200, 1))
     words: list[object] = ["--dataset", source, "--splits", "train", "val", "--size_limit", 100_000]
-    run(*words, "--out_root", tmp_path / "whole", "--num_workers", 1)
+    run(*words, "--out_root", tmp_path / "whole")
     words += ["--out_root", tmp_path / "o", "--num_workers", num_workers]
     moments = random.Random(num_workers)
     for _ in range(times):
@@ -475,7 +477,7 @@ def test_bad_files_are_named_and_nothing_stays(
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
-        run("--dataset", tmp_path / "in", "--out_root", tmp_path / "o", "--num_workers", 1)
+        run("--dataset", tmp_path / "in", "--out_root", tmp_path / "o")
     assert files(tmp_path / "o") == {}
 
 
@@ -528,7 +530,7 @@ def test_impossible_requests(tmp_path: Path, words: list[str], message: str) -> 
 
 def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_c4(tmp_path / "c4")
-    words = ["--dataset", source, "--splits", "train", "--size_limit", 1500, "--num_workers", 1]
+    words = ["--dataset", source, "--splits", "train", "--size_limit", 1500]
     run(*words, "--out_root", tmp_path / "whole")
     real = Path.replace
     left = 6

@@ -80,6 +80,12 @@ def test_two_ranks_equal_one_with_muon(alone, two):
     assert_agree(two[0]["muon"], alone[1]["muon"], tolerance=5e-3)
 
 
+def test_gradients_may_travel_in_bf16(alone, two):
+    assert_agree(two[0]["bf16"], alone[1]["plain"], tolerance=2e-2)
+    assert two[0]["bf16"]["weights"] == two[1]["bf16"]["weights"]
+    assert two[0]["bf16"]["weights"] != two[0]["plain"]["weights"]
+
+
 def test_one_ranks_lack_of_memory_makes_both_take_the_step_anew(alone, two):
     for answer in two:
         assert answer["memory"]["parts"] == two[0]["memory"]["parts"] > 1

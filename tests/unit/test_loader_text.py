@@ -397,6 +397,28 @@ def test_other_damage(data: Path, tmp_path: Path, damage: str) -> None:
         list(loader(copy).steps(0))
 
 
+@pytest.mark.parametrize("cache_limit", [None, 4000])
+def test_streaming_gives_the_same_steps(
+    data: Path, tmp_path: Path, cache_limit: int | None
+) -> None:
+    """Two ranks of two workers copy to one folder, with room for a few shards or for all."""
+    expected = [[sequences(step) for step in loader(data).steps(epoch)] for epoch in (0, 1)]
+    streamed = {"remote": f"file://{data}", "cache_limit": cache_limit, "predownload": 4}
+    ranks = [
+        loader(tmp_path / "cache", rank=r, world_size=2, num_workers=2, **streamed)
+        for r in range(2)
+    ]
+    for epoch in (0, 1):
+        found = [
+            sorted(sequence for step in steps for sequence in sequences(step))
+            for steps in zip(*(rank.steps(epoch) for rank in ranks), strict=True)
+        ]
+        assert found == expected[epoch]
+    for rank in ranks:
+        rank.close()
+    assert not list((tmp_path / "cache").glob("train/.*.tmp"))
+
+
 def test_fewer_samples_than_a_batch(data: Path) -> None:
     with pytest.raises(DataError, match="50 samples make not one batch of 64"):
         loader(data, batch_size=64)

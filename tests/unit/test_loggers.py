@@ -154,6 +154,13 @@ def test_passwords_in_uris_are_hidden():
     assert redact("s3://bucket/a@b") == "s3://bucket/a@b"
 
 
+def test_secrets_on_the_command_line_are_hidden(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", "x.yaml", "loggers.wandb.api_key=hush", "seed=1"])
+    build_loggers(None, tmp_path, "x", {}, rank=0)
+    command = json.loads((tmp_path / "environment.json").read_text())["command"]
+    assert command == ["main.py", "x.yaml", f"loggers.wandb.api_key={REDACTED}", "seed=1"]
+
+
 class Tracker:
     def __init__(self, error=None):
         self.rows, self.closed, self.error = [], False, error

@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import os
+import random
 import threading
 import time
 from collections import Counter
@@ -405,39 +406,68 @@ def test_sizes_that_are_none() -> None:
 # --- several processes ---------------------------------------------------------------------------
 
 
-def _read_in_process(remote: str, local: Path, log: Path) -> None:
+def _read_in_process(
+    remote: str, local: Path, log: Path, seconds: float, limit: int | None = None
+) -> None:
     get = FaultyFileSystem.answer
 
-    def logged(self: FaultyFileSystem, path: str) -> bytes:
+    def slow(self: FaultyFileSystem, path: str) -> bytes:
         with log.open("a") as file:
             file.write(path.rsplit("/", 1)[-1] + "\n")
-        time.sleep(0.02)
+        time.sleep(seconds)
         return get(self, path)
 
-    FaultyFileSystem.answer = logged  # type: ignore[method-assign]
-    shards = ShardSet([folder_of(remote, local)])
-    shards.focus(range(len(shards.infos)))
-    assert read_all(shards) == EXPECTED
+    FaultyFileSystem.answer = slow  # type: ignore[method-assign]
+    shards = ShardSet([folder_of(remote, local)], limit)
+    for number in range(len(shards.infos)):
+        shards.focus(range(number, min(number + 3, len(shards.infos))))
+        info = shards.infos[number]
+        first = sum(one.samples for one in shards.infos[:number])
+        found = [shards.open(number)[i]["text"] for i in range(info.samples)]
+        assert found == EXPECTED[first : first + info.samples]
     os._exit(0)
+
+
+def start_readers(count: int, *args: Any) -> list[Any]:
+    context = multiprocessing.get_context("fork")  # so that they see the store in memory
+    readers = [context.Process(target=_read_in_process, args=args) for _ in range(count)]
+    for reader in readers:
+        reader.start()
+    return readers
 
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:
     """One download of each shard, whoever comes first."""
-    remote = upload(tmp_path)
-    context = multiprocessing.get_context("fork")  # so that they see the store in memory
     log = tmp_path / "log"
-    readers = [
-        context.Process(target=_read_in_process, args=(remote, tmp_path / "local", log))
-        for _ in range(3)
-    ]
-    for reader in readers:
-        reader.start()
-    for reader in readers:
+    for reader in start_readers(3, upload(tmp_path), tmp_path / "local", log, 0.02):
         reader.join(60)
         assert reader.exitcode == 0
     counts = Counter(name for name in log.read_text().split() if name != "index.json")
     assert set(counts.values()) == {1}
     assert not litter(tmp_path / "local" / "train")
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_processes_share_a_bounded_cache(tmp_path: Path, compression: str | None) -> None:
+    """Each evicts what the others may want next, and all get the right data."""
+    remote = upload(tmp_path, compression)
+    for reader in start_readers(3, remote, tmp_path / "local", tmp_path / "log", 0.0, 2500):
+        reader.join(60)
+        assert reader.exitcode == 0
+    assert not litter(tmp_path / "local" / "train")
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_kill_9_at_any_moment(tmp_path: Path, compression: str | None) -> None:
+    remote = upload(tmp_path, compression)
+    generator = random.Random(5)
+    for _ in range(6):
+        readers = start_readers(2, remote, tmp_path / "local", tmp_path / "log", 0.02)
+        time.sleep(generator.uniform(0.0, 0.25))
+        for reader in readers:
+            reader.kill()
+            reader.join()
+    assert read_all(ShardSet([folder_of(remote, tmp_path / "local")])) == EXPECTED
 
 
 def test_locks(tmp_path: Path) -> None:

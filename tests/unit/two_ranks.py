@@ -72,6 +72,7 @@ def run(ranks, folder):
     sizes = (8, 1)  # ranks differ in how many microbatches they have
     answers["plain"] = trained(ranks, microbatch=sizes[ranks.rank])
     answers["muon"] = trained(ranks, microbatch=2, optimizer={"name": "muon", "lr": 1e-2})
+    answers["bf16"] = trained(ranks, microbatch=2, gradient_reduction="bf16")
     answers["memory"] = trained(ranks, microbatch=4, fails=True)
     answers["resumed"] = trained(ranks, microbatch=4, load_path=str(folder / "alone/ep0-ba4"))
     answers["saved"] = trained(ranks, microbatch=4, save_folder=str(folder / "two"))

@@ -2,10 +2,16 @@
 
 import argparse
 
+from pydantic import BaseModel
+
 from mosaicbert.config.jobs import ClassifyConfig, GlueConfig, PretrainConfig
 from mosaicbert.config.load import dump_config, load_config
 
-_SCHEMAS = {"pretrain": PretrainConfig, "classify": ClassifyConfig, "glue": GlueConfig}
+_SCHEMAS: dict[str, type[BaseModel]] = {
+    "pretrain": PretrainConfig,
+    "classify": ClassifyConfig,
+    "glue": GlueConfig,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -80,6 +80,8 @@ class TrainerConfig(Strict):
     """Take the weights of `load_path` alone, not optimizer, position and random state."""
     autoresume: bool = False
     """Go on from the newest checkpoint of `save_folder` where there is one."""
+    gradient_reduction: Literal["fp32", "bf16"] = "fp32"
+    """Numbers in which ranks exchange gradients; `bf16` halves the traffic and rounds."""
     dist_timeout: float = Field(default=600.0, gt=0)
     """Seconds after which a rank that no longer answers ends the run."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from mosaicbert.data import convert_jobs as jobs
 from mosaicbert.data.compression import parse_compression
 from mosaicbert.data.convert_engines import Task, run_here, run_processes, run_ray
-from mosaicbert.data.convert_jobs import Piece, Progress, Request
+from mosaicbert.data.convert_pieces import PARTS, Piece, Progress, Request, is_done
 from mosaicbert.data.convert_samples import SampleForm
 from mosaicbert.data.sample import SAMPLE_DIR
 from mosaicbert.data.sources import (
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> int:
                 tasks += _tasks(folder, request, of_split, share)
             _run(tasks, args)
         except BaseException:
-            for folder in folders:
+            for folder in folders if share is None else []:  # the others may be at work there
                 jobs.undo_if_nothing_done(folder)
             raise
         if share is None:
@@ -265,7 +265,7 @@ def _tasks(
         jobs.drop_pieces_from(folder, len(pieces))
     else:
         pieces = pieces[share[0] :: share[1]]
-    left = [piece for piece in pieces if not jobs.is_done(folder, piece)]
+    left = [piece for piece in pieces if not is_done(folder, piece)]
     if len(left) < len(pieces):
         log.warning(
             "%s: %d of %d pieces are there already", folder, len(pieces) - len(left), len(pieces)
@@ -274,7 +274,7 @@ def _tasks(
 
 
 def _run(tasks: list[Task], args: argparse.Namespace) -> None:
-    num_workers = min(args.num_workers or len(os.sched_getaffinity(0)), len(tasks))
+    num_workers = min(args.num_workers or _num_cores(), len(tasks))
     with _progress(sum(piece.size for _, _, piece in tasks), args.quiet) as report:
         if args.engine == "ray":
             run_ray(tasks, report)
@@ -284,8 +284,12 @@ def _run(tasks: list[Task], args: argparse.Namespace) -> None:
             run_here(tasks, report)
 
 
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _finish(folder: Path) -> None:
-    if not (folder / jobs.PARTS).is_dir():
+    if not (folder / PARTS).is_dir():
         print(f"{folder}: complete already")
         return
     summary = jobs.finish(folder)

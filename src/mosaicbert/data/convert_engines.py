@@ -14,7 +14,7 @@ from multiprocessing.connection import wait as wait_for_any
 from pathlib import Path
 from typing import Any
 
-from mosaicbert.data.convert_jobs import Piece, Progress, Report, Request, convert_piece
+from mosaicbert.data.convert_pieces import Piece, Progress, Report, Request, convert_piece
 from mosaicbert.errors import ConfigError, DataError, MosaicBertError
 
 log = logging.getLogger(__name__)

@@ -39,7 +39,9 @@ class Backward:
         self.num_parts = 1
         """Parts to cut each microbatch into, since memory ran out."""
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == "amp_fp16")
-        self.reducer = GradientReducer([p for p in model.parameters() if p.requires_grad], ranks)
+        params = [p for p in model.parameters() if p.requires_grad]
+        bf16 = torch.bfloat16 if config.gradient_reduction == "bf16" else None
+        self.reducer = GradientReducer(params, ranks, bf16)
 
     def forward(self, batch: Batch, return_logits: bool = False) -> LossOutput:
         """The model's summed loss of a batch that is on the device already."""

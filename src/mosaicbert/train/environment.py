@@ -38,13 +38,19 @@ def redact(value: Any, key: str = "") -> Any:
     return value
 
 
+def _redact_word(word: str) -> str:
+    """A word of the command line: `loggers.comet_ml.api_key=...` is a setting too."""
+    key, equals, value = word.partition("=")
+    return key + equals + redact(value, key.rpartition(".")[2]) if equals else str(redact(word))
+
+
 def describe_environment() -> dict[str, Any]:
     """Versions, hardware, commit and command line of this process."""
     gpus = range(torch.cuda.device_count())
     packages = ("mosaicbert", "torch", "transformers", "numpy", "triton")
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": [redact(word) for word in sys.argv],
+        "command": [_redact_word(word) for word in sys.argv],
         "commit": commit_of(Path(__file__).parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
