@@ -67,10 +67,14 @@ class SaveFolder:
         """Whole checkpoints, oldest first."""
         try:
             entries = [str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._list()]
+            found = [name for name in entries if NAME.fullmatch(name)]
+            whole = [name for name in found if self.fs.exists(f"{self.root}/{name}/{STATE_FILE}")]
         except FileNotFoundError:
             return []
-        found = [name for name in entries if NAME.fullmatch(name)]
-        whole = [name for name in found if self.fs.exists(f"{self.root}/{name}/{STATE_FILE}")]
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.path} cannot be listed ({error!r}). Check rights and connection."
+            ) from error
         return sorted(whole, key=_batch)
 
     def newest(self) -> str | None:
