@@ -108,6 +108,7 @@ class ShardSet:
         self._focus: tuple[int, ...] = ()
         self._threads: list[threading.Thread] = []
         self._wake = threading.Condition()
+        self._eviction = threading.Lock()
         self._is_closed = False
         self._warned = False
 
@@ -208,17 +209,8 @@ class ShardSet:
         """Evict until a shard fits; False, or with `may_exceed` a warning, where none can go."""
         if self._limit is None:
             return True
-        folder, info = self._shards[number]
-        files = sorted(self._cached_files())
-        if any(path == folder.local / info.raw_basename for _, _, path in files):
-            return True  # a background thread was faster
-        excess = sum(size for _, size, _ in files) - self._limit
-        excess += info.raw_bytes + info.zip_bytes
-        for _, size, path in files:
-            if excess <= 0:
-                return True
-            if _evict(path):
-                excess -= size
+        with self._eviction:  # two threads would take each other's hold on a file for use of it
+            excess = self._evict_for(number, self._limit)
         if excess > 0 and may_exceed and not self._warned:
             self._warned = True
             log.warning(
@@ -227,6 +219,18 @@ class ShardSet:
                 excess,
             )
         return excess <= 0
+
+    def _evict_for(self, number: int, limit: int) -> int:
+        """Evict until a shard fits into the limit; the bytes by which it does not."""
+        folder, info = self._shards[number]
+        files = sorted(self._cached_files())
+        if any(path == folder.local / info.raw_basename for _, _, path in files):
+            return 0  # a background thread was faster
+        excess = sum(size for _, size, _ in files) + info.raw_bytes + info.zip_bytes - limit
+        for _, size, path in files:
+            if excess > 0 and _evict(path):
+                excess -= size
+        return excess
 
     def _cached_files(self) -> list[tuple[int, int, Path]]:
         """(time of last use, bytes, path) of the local files that could be fetched again."""
