@@ -1,0 +1,336 @@
+"""`mosaicbert glue`: a YAML into a queue of fine-tuning jobs, and their results into a table.
+
+A job is a task with a seed. Each has its own folder under the run folder; `result.json` there marks
+it as finished, so the same command again runs only what is left, and resumes what was cut off.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mosaicbert.config import ClassifyConfig, GlueConfig, GlueTaskConfig, check, load_config
+from mosaicbert.duration import Duration, Progress
+from mosaicbert.errors import ConfigError, TrainingError
+from mosaicbert.glue.queue import Job, Outcome, run_jobs
+from mosaicbert.glue.results import JobResult, Results
+from mosaicbert.glue.tasks import GlueTask, pick, pick_all
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class GlueJob:
+    """One task with one seed: everything a child process needs to run it."""
+
+    task: str
+    seed: int
+    config: ClassifyConfig
+    data_dir: str | None
+    folder: Path
+    keep_checkpoint: bool
+    after: str | None = None
+    """The MNLI job whose checkpoint it starts from."""
+
+    @property
+    def name(self) -> str:
+        """Task and seed, as shown."""
+        return f"{self.task}-{self.seed}"
+
+    @property
+    def digest(self) -> str:
+        """Tells whether a finished job was this very one."""
+        text = self.config.model_dump_json() + str(self.data_dir)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# --- planning ------------------------------------------------------------------------------------
+
+
+def plan_jobs(config: GlueConfig) -> list[GlueJob]:
+    """The jobs of a YAML, MNLI first, with the checkpoint each starts from.
+
+    Raises:
+        ConfigError: a task's name or one of its keys is wrong.
+    """
+    jobs: list[GlueJob] = []
+    for task in pick_all(config.tasks):
+        settings = config.tasks[task.name]
+        for index, seed in enumerate(settings.seeds or _default_seeds(config, task)):
+            start = None
+            if task.starts_from_mnli:
+                mnli = [job for job in jobs if job.task == "mnli"]
+                start = mnli[index % len(mnli)] if mnli else None
+            jobs.append(_plan_job(config, task, settings, seed, start))
+    if not any(job.task == "mnli" for job in jobs):
+        names = [name for name in config.tasks if pick(name).starts_from_mnli]
+        if names:
+            log.warning(
+                "MNLI is not in this run: %s start from the pre-trained checkpoint, not MNLI's.",
+                ", ".join(names),
+            )
+    return jobs
+
+
+def _default_seeds(config: GlueConfig, task: GlueTask) -> Sequence[int]:
+    return (config.default_seed, *task.seeds[1:])
+
+
+def _plan_job(
+    config: GlueConfig,
+    task: GlueTask,
+    settings: GlueTaskConfig,
+    seed: int,
+    start: GlueJob | None,
+) -> GlueJob:
+    folder = run_folder(config) / "jobs" / f"{task.name}-{seed}"
+    max_seq_len = settings.max_seq_len or config.max_seq_len
+    values: dict[str, Any] = {
+        "run_name": f"{config.base_run_name}-{task.name}-{seed}",
+        "seed": seed,
+        "device": config.device,
+        "precision": config.precision,
+        "compile": config.compile,
+        "tokenizer_name": config.tokenizer_name,
+        "max_seq_len": max_seq_len,
+        "model": config.model.model_dump(by_alias=True) | {"num_labels": task.num_labels},
+        "max_duration": f"{task.epochs}ep",
+        "eval_interval": task.eval_interval,
+        "global_train_batch_size": settings.batch_size or task.batch_size,
+        "optimizer": {
+            "name": "decoupled_adamw",
+            "lr": settings.lr or task.lr,
+            "betas": [0.9, 0.98],
+            "eps": 1e-6,
+            "weight_decay": task.weight_decay
+            if settings.weight_decay is None
+            else settings.weight_decay,
+        },
+        "scheduler": config.scheduler.model_dump(),
+        "algorithms": config.algorithms,
+        "callbacks": config.callbacks.model_dump(),
+        "loggers": config.loggers,
+        "progress_bar": False,
+        "console_log_interval": "50ba",
+        "run_folder": str(folder),
+        "save_folder": _save_folder(config, task, seed, folder),
+        "save_interval": task.eval_interval,
+        "save_num_checkpoints_to_keep": 1,
+        "autoresume": True,
+        "load_path": start.config.save_folder if start else config.starting_checkpoint_load_path,
+        "train_loader": {"split": "train", "shuffle": True},
+        "eval_loader": {"split": "validation"},
+    }
+    wished = dict(settings.trainer_kwargs)
+    keep = wished.get("save_num_checkpoints_to_keep", 0) != 0
+    if not keep:
+        wished.pop("save_num_checkpoints_to_keep", None)
+    values |= wished
+    where = f"tasks.{task.name}.trainer_kwargs"
+    job_config = check(ClassifyConfig, {k: v for k, v in values.items() if v is not None}, where)
+    return GlueJob(
+        task.name, seed, job_config, config.data_dir, folder, keep, start.name if start else None
+    )
+
+
+def _save_folder(config: GlueConfig, task: GlueTask, seed: int, folder: Path) -> str:
+    """Where a job's checkpoints go: as configured, else into its own folder."""
+    parts = [config.save_finetune_checkpoint_folder or config.save_finetune_checkpoint_prefix]
+    if parts[0] is None:
+        return str(folder / "checkpoints")
+    return "/".join([parts[0].rstrip("/"), f"task={task.name}", f"seed={seed}"])
+
+
+def run_folder(config: GlueConfig) -> Path:
+    """The folder of the whole run."""
+    return Path(config.run_folder.replace("{run_name}", config.base_run_name))
+
+
+# --- running -------------------------------------------------------------------------------------
+
+
+def run_job(job: GlueJob, report: Callable[[Any], None]) -> JobResult:
+    """Fine-tune one job, in a slot's process; writes `result.json` when it is finished."""
+    from mosaicbert import run
+    from mosaicbert.classify import finetune
+    from mosaicbert.glue.data import load_task
+
+    task = pick(job.task)
+    ranks = run.start(job.config)
+    result = finetune(
+        job.config,
+        load_task(task, job.data_dir, "train"),
+        {name: load_task(task, job.data_dir, split) for name, split in task.evaluations.items()},
+        ranks=ranks,
+        metrics=(*task.metrics, *task.extra_metrics),
+        new_head=job.after is not None,
+        more_loggers=[_Reporter(job, report)],
+    )
+    found = JobResult(
+        task=job.task,
+        seed=job.seed,
+        metrics=result.metrics,
+        seconds=result.seconds,
+        batches=result.progress.batch,
+    )
+    _write_result(job, found)
+    return found
+
+
+class _Reporter:
+    """A logger that tells the parent how far the job is, at most twice a second."""
+
+    def __init__(self, job: GlueJob, report: Callable[[Any], None]) -> None:
+        self._report = report
+        self._total = Duration.parse(job.config.max_duration)
+        self._batches_per_epoch: int | None = None
+        self._told = 0.0
+        self._metrics: dict[str, float] = {}
+
+    def log(self, metrics: Mapping[str, float], progress: Progress) -> None:
+        """Keep the last evaluation; tell the parent when it is time."""
+        found = {name: value for name, value in metrics.items() if name.startswith("metrics/")}
+        self._metrics = found or self._metrics
+        if time.monotonic() - self._told > 0.5:
+            self._told = time.monotonic()
+            done = progress.fraction_of(self._total, self._batches_per_epoch)
+            self._report({"done": done, "metrics": self._metrics})
+
+    def close(self) -> None:
+        """Nothing is held back."""
+
+
+def _result_file(job: GlueJob) -> Path:
+    return job.folder / "result.json"
+
+
+def _write_result(job: GlueJob, result: JobResult) -> None:
+    path = _result_file(job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"digest": job.digest, "result": result.to_dict()}, indent=1))
+    os.replace(temporary, path)
+
+
+def finished_result(job: GlueJob) -> JobResult | None:
+    """The result of a job that an earlier call finished, if it was the same job."""
+    path = _result_file(job)
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        same = content["digest"] == job.digest
+        return JobResult.from_dict(content["result"]) if same else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}). Remove {job.folder} to run this job again."
+        ) from None
+
+
+def slots(config: GlueConfig) -> list[dict[str, str]]:
+    """The environments of the processes to run side by side."""
+    import torch
+
+    num_gpus = 0 if config.device == "cpu" else torch.cuda.device_count()
+    per_gpu = 4 if config.jobs_per_gpu == "auto" else config.jobs_per_gpu
+    if not config.parallel:
+        return [{}]
+    if num_gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(gpu) for gpu in range(num_gpus)]
+        return [{"CUDA_VISIBLE_DEVICES": name} for _ in range(per_gpu) for name in names]
+    cores = len(os.sched_getaffinity(0))
+    return [{"OMP_NUM_THREADS": "1"} for _ in range(cores)]
+
+
+def glue(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Results:
+    """Fine-tune on all tasks that a YAML file (or a mapping of its content) names.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: for what the user can mend.
+        TrainingError: some jobs failed; the others have finished.
+    """
+    results, failed = _glue(load_config(GlueConfig, source, overrides))
+    if failed:
+        raise TrainingError(failure_text(failed))
+    return results
+
+
+def _glue(config: GlueConfig, published: bool = False) -> tuple[Results, list[Outcome]]:
+    from mosaicbert.glue.data import load_task
+    from mosaicbert.glue.live import LiveTable
+
+    jobs = plan_jobs(config)
+    for name in dict.fromkeys(job.task for job in jobs):
+        for split in ("train", *pick(name).validation_splits):
+            load_task(pick(name), config.data_dir, split)  # faults are told before any training
+    done = {job.name: result for job in jobs if (result := finished_result(job)) is not None}
+    if done:
+        log.info("%d of %d jobs were finished before and are not run again.", len(done), len(jobs))
+    left = [job for job in jobs if job.name not in done]
+    queue = [Job(job.name, job, job.folder / "log.txt", job.after) for job in left]
+    with LiveTable(jobs, done, show=config.progress_bar) as table:
+        outcomes = run_jobs(queue, slots(config), run_job, table.on_event)
+    done |= {outcome.job.name: outcome.result for outcome in outcomes if outcome.error is None}
+    _drop_checkpoints(jobs, done)
+    results = Results([done[job.name] for job in jobs if job.name in done])
+    results.write(run_folder(config), published=published)
+    return results, [outcome for outcome in outcomes if outcome.error is not None]
+
+
+def _drop_checkpoints(jobs: Sequence[GlueJob], done: Mapping[str, Any]) -> None:
+    """Remove the checkpoints of finished jobs that nobody keeps or still starts from."""
+    needed = {job.after for job in jobs if job.name not in done}
+    for job in jobs:
+        folder = job.config.save_folder
+        if job.keep_checkpoint or job.name not in done or job.name in needed or folder is None:
+            continue
+        if "://" in folder:
+            import fsspec
+
+            store, path = fsspec.url_to_fs(folder)
+            if store.exists(path):
+                store.rm(path, recursive=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def failure_text(failed: Sequence[Outcome]) -> str:
+    """What to say of jobs that failed, each with its error."""
+    lines = [f"{len(failed)} of the jobs failed; the same command runs them again:"]
+    lines += [f"  {outcome.job.name}: {outcome.error}" for outcome in failed]
+    return "\n".join(lines)
+
+
+# --- command -------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", help="key=value words that win over the file")
+    parser.add_argument(
+        "--published", action="store_true", help="put published results beside the table"
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the queue, print the table; exit code 1 if a job failed."""
+    from mosaicbert.run import set_log_level
+
+    config = load_config(GlueConfig, args.config, args.overrides)
+    set_log_level(config.python_log_level)
+    results, failed = _glue(config, args.published)
+    print(results.table(published=args.published))
+    print(f"Written: {run_folder(config)}/glue.json, glue.csv and glue.png")
+    if failed:
+        print(f"mosaicbert: {failure_text(failed)}", file=sys.stderr)
+    return 1 if failed else 0

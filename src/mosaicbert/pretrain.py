@@ -1,0 +1,105 @@
+"""Masked-language-model pre-training: a YAML in, a checkpoint out."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mosaicbert import run
+from mosaicbert.config import PretrainConfig, load_config
+from mosaicbert.data.loader import build_text_loader
+from mosaicbert.data.tokenizers import load_tokenizer
+from mosaicbert.duration import Duration
+from mosaicbert.launch import add_launch_arguments, launch
+from mosaicbert.models.build import build_model, is_packed
+from mosaicbert.models.checkpoints import load_weights
+from mosaicbert.train.metrics import MaskedLM
+from mosaicbert.train.record import TrainResult
+
+
+def pretrain(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> TrainResult:
+    """Pre-train as a YAML file (or a mapping of its content) says, in this process.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: for what the user can mend.
+        TrainingError: the run cannot go on.
+    """
+    return _pretrain(load_config(PretrainConfig, source, overrides))
+
+
+def _pretrain(config: PretrainConfig) -> TrainResult:
+    ranks = run.start(config)
+    try:
+        tokenizer = load_tokenizer(config.tokenizer_name)
+        model = build_model(
+            config.model,
+            "mlm",
+            algorithms=config.algorithms,
+            max_seq_len=config.max_seq_len,
+            vocab_size=len(tokenizer),
+        )
+        if config.load_path and config.load_weights_only:
+            load_weights(model, config.load_path)
+        shape: dict[str, Any] = {
+            "rank": ranks.rank,
+            "world_size": ranks.world_size,
+            "packed": is_packed(model),
+            "grid": run.wants_compile(config, ranks),
+        }
+        train_loader = build_text_loader(
+            config.train_loader,
+            batch_size=config.global_train_batch_size,
+            microbatch_samples=run.microbatch_samples(config, ranks, config.max_seq_len),
+            training=True,
+            mlm_probability=config.mlm_probability,
+            total_samples=_total_samples(config),
+            **shape,
+        )
+        eval_loaders = {}
+        if config.eval_loader is not None:
+            eval_loader = build_text_loader(
+                config.eval_loader,
+                batch_size=config.device_eval_batch_size * ranks.world_size,
+                microbatch_samples=config.device_eval_batch_size,
+                training=False,
+                mlm_probability=config.mlm_probability,
+                **shape,
+            )
+            eval_loaders["eval"] = (eval_loader, MaskedLM)
+        return run.train(
+            model,
+            train_loader,
+            eval_loaders,
+            config=config,
+            ranks=ranks,
+            tokenizer=tokenizer,
+        )
+    finally:
+        ranks.close()
+
+
+def _total_samples(config: PretrainConfig) -> int | None:
+    """Samples of the whole run, for a mask rate that moves; None where the unit does not tell."""
+    total = Duration.parse(config.max_duration)
+    if total.unit == "sp":
+        return int(total.value)
+    return int(total.value) * config.global_train_batch_size if total.unit == "ba" else None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", help="key=value words that win over the file")
+    add_launch_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Check the YAML, start the ranks there should be, train."""
+    config = load_config(PretrainConfig, args.config, args.overrides)
+    return launch(args, lambda: _command(config), device=config.device)
+
+
+def _command(config: PretrainConfig) -> int:
+    result = _pretrain(config)
+    run.print_result(result, f"{config.run_name}: pre-trained")
+    return 0

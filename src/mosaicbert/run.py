@@ -1,0 +1,141 @@
+"""What pre-training and fine-tuning share: device, microbatch, run folder, monitors, trainer."""
+
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from mosaicbert.batch import Loader
+from mosaicbert.config import TrainerConfig
+from mosaicbert.duration import Duration
+from mosaicbert.errors import ConfigError
+from mosaicbert.models.build import compile_model
+from mosaicbert.train.console import build_console
+from mosaicbert.train.distributed import Ranks, init_ranks
+from mosaicbert.train.loggers import build_loggers
+from mosaicbert.train.metrics import MetricFactory
+from mosaicbert.train.monitors import build_monitors
+from mosaicbert.train.record import Logger, TrainResult
+from mosaicbert.train.trainer import Trainer
+
+AUTO_MICROBATCH_TOKENS = {"cuda": 65_536, "cpu": 8_192}
+"""Where `device_train_microbatch_size: auto` starts; the trainer halves it when memory runs out."""
+
+
+def start(config: TrainerConfig) -> Ranks:
+    """Set logging up, join the other ranks, check what depends on them, and seed."""
+    set_log_level(config.python_log_level)
+    ranks = init_ranks(config.device, config.dist_timeout)
+    if config.global_train_batch_size % ranks.world_size:
+        raise ConfigError(
+            f"global_train_batch_size: {config.global_train_batch_size} is not divisible by the "
+            f"{ranks.world_size} ranks of this run. Choose a multiple of {ranks.world_size}."
+        )
+    set_seed(config.seed)
+    return ranks
+
+
+def set_log_level(level: str | None) -> None:
+    """Show this package's log lines from `level` (default: info) on, on stderr."""
+    name = (level or "info").upper()
+    if name not in logging.getLevelNamesMapping():
+        raise ConfigError(
+            f"python_log_level: {level!r} is not allowed: must be debug, info, warning or error."
+        )
+    logger = logging.getLogger("mosaicbert")
+    logger.setLevel(name)
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+def wants_compile(config: TrainerConfig, ranks: Ranks) -> bool:
+    """Whether to use torch.compile: as configured, else on a GPU."""
+    return ranks.device.type == "cuda" if config.compile is None else config.compile
+
+
+def microbatch_samples(config: TrainerConfig, ranks: Ranks, max_seq_len: int) -> int:
+    """Samples of full length that one device takes at a time."""
+    share = config.global_train_batch_size // ranks.world_size
+    if config.device_train_microbatch_size == "auto":
+        fits = AUTO_MICROBATCH_TOKENS[ranks.device.type] // max_seq_len
+        return max(1, min(share, fits))
+    return min(share, config.device_train_microbatch_size)
+
+
+def train(
+    model: nn.Module,
+    train_loader: Loader,
+    eval_loaders: Mapping[str, tuple[Loader, MetricFactory]],
+    *,
+    config: TrainerConfig,
+    ranks: Ranks,
+    tokenizer: PreTrainedTokenizerBase,
+    more_loggers: Sequence[Logger] = (),
+) -> TrainResult:
+    """Train `model` as `config` says; everything but the model and the data is made here."""
+    trained: Any = model
+    if wants_compile(config, ranks):
+        compile_model(model)
+    total = Duration.parse(config.max_duration)
+    monitors = build_monitors(
+        config.callbacks,
+        flops_per_token=trained.flops_per_token,
+        world_size=ranks.world_size,
+        device=ranks.device,
+        total=total,
+    )
+    trainer = Trainer(
+        model,
+        train_loader,
+        eval_loaders,
+        config=config,
+        ranks=ranks,
+        loggers=[*_loggers(config, total, train_loader, ranks), *more_loggers],
+        monitors=monitors,
+        write_assets=_asset_writer(trained, tokenizer),
+    )
+    return trainer.fit()
+
+
+def _loggers(
+    config: TrainerConfig, total: Duration, train_loader: Loader, ranks: Ranks
+) -> list[Logger]:
+    folder = config.run_folder and config.run_folder.replace("{run_name}", config.run_name)
+    values = config.model_dump(mode="json", by_alias=True)
+    loggers = build_loggers(config.loggers, folder, config.run_name, values, ranks.rank)
+    batches = train_loader.steps_in_epoch(0)
+    console = build_console(config, total, rank=ranks.rank, batches_per_epoch=batches)
+    return loggers if console is None else [*loggers, console]
+
+
+def _asset_writer(model: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[[Path], None]:
+    """Writes what makes a checkpoint's folder one that Hugging Face's classes load."""
+
+    def write(folder: Path) -> None:
+        model.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return write
+
+
+def print_result(result: TrainResult, title: str) -> None:
+    """The last lines of a run: what it reached and where it lies."""
+    rows: dict[str, Any] = {
+        "loss/train": f"{result.train_loss:.4f}",
+        **{name: f"{value:.4f}" for name, value in sorted(result.metrics.items())},
+        "tokens a second": f"{result.tokens_per_second:,.0f}",
+        "seconds": f"{result.seconds:.1f}",
+    }
+    if result.checkpoint:
+        rows["checkpoint"] = result.checkpoint
+    width = max(map(len, rows))
+    print(title)
+    for name, value in rows.items():
+        print(f"  {name:<{width}}  {value}")

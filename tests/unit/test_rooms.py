@@ -1,0 +1,52 @@
+"""Who may import whom: the arrows of docs/design.md."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "src/mosaicbert"
+BASE = {"errors", "batch", "duration", "config"}
+JOBS = {"run", "pretrain", "classify"}
+ALLOWED = {
+    "errors": set(),
+    "batch": set(),
+    "duration": {"errors"},
+    "config": {"errors", "duration", "config", "cli"},
+    "data": BASE | {"data"},
+    "models": BASE | {"models"},
+    "train": BASE | {"train"},
+    "launch": BASE | {"supervisor", "nodes"},
+    "supervisor": BASE | {"nodes"},
+    "nodes": BASE,
+    "clusters": BASE | {"cluster_files"},
+    "cluster_files": BASE,
+    "run": BASE | {"models", "train"},
+    "pretrain": BASE | {"run", "data", "models", "train", "launch"},
+    "classify": BASE | {"run", "data", "models", "train", "launch", "cli"},
+    "glue": BASE | {"run", "classify", "data", "glue", "train"},
+    "cli": BASE,
+}
+
+
+def imported_rooms(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+            if node.module == "mosaicbert":
+                names = [f"mosaicbert.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "mosaicbert" and len(parts) > 1:
+                yield parts[1]
+
+
+@pytest.mark.parametrize("room", sorted(ALLOWED))
+def test_a_room_imports_only_what_it_may(room):
+    folder = PACKAGE / room
+    files = sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
+    found = {other for path in files for other in imported_rooms(path)}
+    assert found <= ALLOWED[room] | {room}
