@@ -431,14 +431,14 @@ def test_kill_9_at_random_moments(tmp_path: Path, num_workers: int, times: int) 
     source = write_c4(tmp_path / "c4")
     for path in (source / "en").iterdir():  # enough work to be killed in the middle of
         documents = gzip.decompress(path.read_bytes())
-        path.write_bytes(gzip.compress(documents * 200, 1))
+        path.write_bytes(gzip.compress(documents * 100, 1))
     words: list[object] = ["--dataset", source, "--splits", "train", "val", "--size_limit", 100_000]
     run(*words, "--out_root", tmp_path / "whole")
     words += ["--out_root", tmp_path / "o", "--num_workers", num_workers]
     moments = random.Random(num_workers)
     for _ in range(times):
         process = _start(words)
-        time.sleep(moments.uniform(0.3, 1.5))
+        time.sleep(moments.uniform(0.3, 1.2))
         os.kill(process.pid, signal.SIGKILL)  # the parent alone: its workers must end by themselves
         process.wait()
         for index in (tmp_path / "o").glob("*/index.json"):
