@@ -34,7 +34,7 @@ def build(cls=MosaicBertForMaskedLM, seed=0, **changes):
     model = cls(MosaicBertConfig(**{**SHAPE, **changes})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "orm.weight" in name else 0.0, 0.3)
+            parameter.normal_(1.0 if "orm.weight" in name else 0.0, 0.15)
     return model
 
 
@@ -134,7 +134,7 @@ def assert_same_gradients(model, want, tolerance):
         assert error < tolerance, f"{name}: {error}"
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(0, 100))
 def test_padded_packed_and_float64_agree(lengths, seed):
     model = build(seed=seed)
@@ -220,15 +220,15 @@ def test_dropout_is_where_the_original_has_it(monkeypatch):
     real = F.dropout
 
     def spy(x, p=0.5, training=True):
-        seen.append((x.shape[-1], p if training else 0.0))
+        if training and p:
+            seen.append((x.shape[-1], p))
         return real(x, p, training)
 
     monkeypatch.setattr(encoder.F, "dropout", spy)
     model = build(hidden_dropout_prob=0.125)
     batch = packed_batch(*padded([5, 2]))
     model.loss(batch)
-    assert {p for _, p in seen} == {0.0}
-    seen.clear()
+    assert not seen
     model.train().loss(batch)
     assert seen == [(24, 0.125), *[(24, 0.125), (40, 0.125)] * 2]
 

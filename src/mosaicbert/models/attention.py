@@ -47,6 +47,7 @@ class AttentionPlan(NamedTuple):
     slot: Tensor | None  # sdpa: (total_nnz,) row of each position in the padded (batch * seq) form
     bias: Tensor | None  # sdpa: (batch, heads, seq, seq), where it is small enough to keep
     block_mask: BlockMask | None  # flex
+    rotary: Tensor | None = None  # (2, total_nnz, head_dim // 2), for those who rotate q and k
 
 
 def alibi_slopes(num_heads: int, device: torch.device | str | None = None) -> Tensor:

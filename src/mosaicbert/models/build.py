@@ -12,6 +12,7 @@ from mosaicbert.config.sections import AlgorithmsConfig, ModelConfig
 from mosaicbert.errors import ConfigError
 from mosaicbert.models.checkpoints import load, load_weights
 from mosaicbert.models.configuration import (
+    MODERN,
     HfBertConfig,
     MosaicBertConfig,
     checked_keys,
@@ -113,7 +114,7 @@ def _class_and_changes(
     """Which configuration, and what the YAML changes in it."""
     if settings.name != "hf_bert":
         changes = checked_keys(MosaicBertConfig, settings.overrides, "model.model_config")
-        return MosaicBertConfig, changes
+        return MosaicBertConfig, (MODERN if settings.name == "mosaic_bert_v2" else {}) | changes
     used = {
         name: True
         for name in ("gated_linear_units", "alibi")

@@ -39,6 +39,12 @@ MEANING = (
     "num_attention_heads",
     "gated_linear_units",
     "alibi",
+    "pre_norm",
+    "qk_norm",
+    "position_encoding",
+    "rope_theta",
+    "attention_window",
+    "logit_softcap",
 )
 """Keys that change a model but not the names and shapes of its weights, or not all of them."""
 
@@ -253,6 +259,8 @@ def _shape_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         shape["alibi"] = positions is None
         if not (shape["gated_linear_units"] or shape["alibi"]):
             del shape["gated_linear_units"], shape["alibi"]
+    if "bert.encoder.final_norm.weight" in weights:
+        shape["pre_norm"] = True
     if "classifier.bias" in weights:
         shape["num_labels"] = len(weights["classifier.bias"])
     return shape
@@ -271,7 +279,7 @@ def _known_values(config_class: type, found: Mapping[str, Any]) -> dict[str, Any
 def _check_same_meaning(config: Any, found: Mapping[str, Any], where: str) -> None:
     for key in MEANING:
         ours, theirs = getattr(config, key, None), found.get(key)
-        if theirs is not None and ours is not None and ours != theirs:
+        if key in found and hasattr(config, key) and ours != theirs:
             raise CheckpointError(
                 f"{where} was trained with {key}: {theirs!r}, this model has {ours!r}. "
                 "Make them the same in model.model_config or algorithms."

@@ -98,8 +98,34 @@ class MosaicBertConfig(_BertShape):
     attention_backend: str | None = None
     """One of `mosaicbert.models.attention.BACKENDS`; None: by what the machine has."""
 
+    # The modern sibling's switches, each off in Mosaic BERT.
+    pre_norm: bool = False
+    """LayerNorm before each block in place of after it."""
+    qk_norm: bool = False
+    """RMSNorm of queries and keys."""
+    position_encoding: str = "alibi"
+    """`alibi` or `rope`."""
+    rope_theta: float = 10_000.0
+    """`rope`: base of the wavelengths."""
+    feed_forward: str = "geglu"
+    """`geglu` or `relu2`."""
+    zero_init_outputs: bool = False
+    """Start with blocks that add nothing: their last projections are zero."""
+    unet_skips: bool = False
+    """Layers of the first half feed those of the second, mirrored."""
+    value_skips: bool = False
+    """Mix the first layer's attention values into each later layer's."""
+    logit_softcap: float | None = None
+    """Bound the MLM logits smoothly."""
+
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)
+        for key, choices in (
+            ("position_encoding", ("alibi", "rope")),
+            ("feed_forward", ("geglu", "relu2")),
+        ):
+            if getattr(self, key) not in choices:
+                raise ConfigError(f"{key} {getattr(self, key)!r}: choose {' or '.join(choices)}.")
         if self.hidden_act != "gelu":
             raise ConfigError(f"hidden_act {self.hidden_act!r}: Mosaic BERT knows 'gelu' (exact).")
 
@@ -113,6 +139,9 @@ class MosaicBertConfig(_BertShape):
         """Rows of the word embedding."""
         return padded_vocab_size(self.vocab_size)
 
+
+MODERN = {"pre_norm": True, "zero_init_outputs": True, "hidden_dropout_prob": 0.0}
+"""What `model.name: mosaic_bert_v2` switches on."""
 
 RENAMED = {"max_position_embedding": "max_position_embeddings"}
 """Misspellings of the original's own YAMLs, which it swallowed."""

@@ -7,6 +7,7 @@ Tokens of all sequences lie one after another, `(total_nnz, hidden)`; sequence i
 # mypy: disable-error-code="no-any-return"
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from mosaicbert.models.attention import (
     alibi_slopes,
     plan_attention,
     run_attention,
+    sequence_ids,
 )
 from mosaicbert.models.configuration import MosaicBertConfig
 
@@ -30,6 +32,10 @@ class LayerNorm(nn.LayerNorm):
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class OutputLinear(nn.Linear):
+    """The last projection of a block, which `zero_init_outputs` starts at zero."""
 
 
 class MosaicBertEmbeddings(nn.Module):
@@ -61,59 +67,85 @@ class MosaicBertEmbeddings(nn.Module):
 class MosaicBertSelfAttention(nn.Module):
     """Queries, keys and values in one projection, then attention."""
 
-    def __init__(self, config: MosaicBertConfig) -> None:
+    def __init__(self, config: MosaicBertConfig, index: int) -> None:
         super().__init__()
         self.heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.qk_norm = config.qk_norm
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        if config.value_skips and index > 0:  # Zhou et al. 2024, "Value Residual Learning"
+            self.value_mix = nn.Parameter(torch.full((1,), 0.5))
 
-    def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
-        """`(total_nnz, hidden)` -> the same."""
+    def forward(
+        self, x: Tensor, plan: AttentionPlan, first_values: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`(total_nnz, hidden)` -> the same, and the values of the first layer."""
         qkv = self.Wqkv(x).view(-1, 3, self.heads, self.head_dim)
-        return run_attention(qkv, plan).flatten(1)
+        if self.qk_norm or plan.rotary is not None:
+            qk, v = qkv[:, :2], qkv[:, 2:]
+            if self.qk_norm:  # without weights; Henry et al. 2020
+                qk = F.rms_norm(qk, (self.head_dim,))
+            if plan.rotary is not None:
+                qk = rotate(qk, plan.rotary)
+            qkv = torch.cat([qk.to(v.dtype), v], dim=1)
+        if hasattr(self, "value_mix"):
+            assert first_values is not None
+            v = torch.lerp(qkv[:, 2], first_values, self.value_mix.to(qkv.dtype))
+            qkv = torch.stack([qkv[:, 0], qkv[:, 1], v], dim=1)
+        else:
+            first_values = qkv[:, 2]
+        return run_attention(qkv, plan).flatten(1), first_values
+
+
+def rotate(qk: Tensor, rotary: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021) of `qk (total_nnz, 2, heads, head_dim)`.
+
+    `rotary (2, total_nnz, head_dim // 2)` holds cosines and sines.
+    """
+    cos, sin = rotary[:, :, None, None, :]  # each (total_nnz, 1, 1, head_dim // 2)
+    left, right = qk.float().chunk(2, dim=-1)
+    rotated = torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)
+    return rotated.to(qk.dtype)
 
 
 class MosaicBertSelfOutput(nn.Module):
-    """Projection of the attention's output."""
+    """Projection of the attention's output, and the block's LayerNorm."""
 
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = OutputLinear(config.hidden_size, config.hidden_size)
         self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = config.hidden_dropout_prob
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """`(total_nnz, hidden)` twice -> the same."""
-        return self.LayerNorm(residual + F.dropout(self.dense(x), self.dropout, self.training))
 
 
 class MosaicBertAttention(nn.Module):
-    """Attention with its projections and residual."""
+    """Attention with its projections; under the checkpoint's names."""
 
-    def __init__(self, config: MosaicBertConfig) -> None:
+    def __init__(self, config: MosaicBertConfig, index: int) -> None:
         super().__init__()
-        self.self = MosaicBertSelfAttention(config)
+        self.self = MosaicBertSelfAttention(config, index)
         self.output = MosaicBertSelfOutput(config)
-
-    def forward(self, x: Tensor, plan: AttentionPlan) -> Tensor:
-        """`(total_nnz, hidden)` -> the same."""
-        return self.output(self.self(x, plan), x)
 
 
 class MosaicBertMLP(nn.Module):
-    """Gated feed-forward layer, GeGLU (Shazeer 2020): GELU of the first half times the second."""
+    """Feed-forward layer: GeGLU (Shazeer 2020), or ReLU^2 without a gate (So et al. 2021)."""
 
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__()
-        self.gated_layers = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.wo = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gated = config.feed_forward == "geglu"
+        if self.gated:
+            self.gated_layers = nn.Linear(width, 2 * inner, bias=False)
+        else:
+            self.wi = nn.Linear(width, inner, bias=False)
+        self.wo = OutputLinear(inner, width)
+        self.layernorm = LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = config.hidden_dropout_prob
 
-    def forward(self, x: Tensor, fused: bool) -> Tensor:
-        """`(total_nnz, hidden)` -> the same; `fused`: with our GeGLU kernel."""
+    def hidden(self, x: Tensor, fused: bool) -> Tensor:
+        """`(total_nnz, hidden)` -> `(total_nnz, intermediate)`, dropout included."""
         dropout_p = self.dropout if self.training else 0.0
-        hidden = geglu(self.gated_layers(x), dropout_p, fused)  # (total_nnz, intermediate)
-        return self.layernorm(x + self.wo(hidden))
+        if self.gated:
+            return geglu(self.gated_layers(x), dropout_p, fused)
+        return F.dropout(F.relu(self.wi(x)).square(), dropout_p)
 
 
 def geglu(x: Tensor, dropout_p: float, fused: bool) -> Tensor:
@@ -121,23 +153,75 @@ def geglu(x: Tensor, dropout_p: float, fused: bool) -> Tensor:
     if fused:
         from mosaicbert.models.kernels.geglu import geglu as kernel
 
-        seed = torch.randint(2**31, (1,), device=x.device) if dropout_p else None
-        return kernel(x, dropout_p, seed)
+        return kernel(x, dropout_p, dropout_seed(dropout_p, x.device))
     gate, up = x.chunk(2, dim=-1)
     return F.dropout(F.gelu(gate) * up, dropout_p)
 
 
+def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    """What the kernels draw their masks from; None without dropout."""
+    return torch.randint(2**31, (1,), device=device) if dropout_p else None
+
+
 class MosaicBertLayer(nn.Module):
-    """One layer of the encoder; the unit that is compiled."""
+    """One layer of the encoder; the unit that is compiled.
 
-    def __init__(self, config: MosaicBertConfig) -> None:
+    Post-norm as in BERT: `LayerNorm(x + block(x))`. Pre-norm: `x + block(LayerNorm(x))`.
+    """
+
+    def __init__(self, config: MosaicBertConfig, index: int) -> None:
         super().__init__()
-        self.attention = MosaicBertAttention(config)
+        self.attention = MosaicBertAttention(config, index)
         self.mlp = MosaicBertMLP(config)
+        self.pre_norm = config.pre_norm
+        self.dropout = config.hidden_dropout_prob
 
-    def forward(self, x: Tensor, plan: AttentionPlan, fused: bool) -> Tensor:
-        """`(total_nnz, hidden)` -> the same."""
-        return self.mlp(self.attention(x, plan), fused)
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        first_values: Tensor | None,
+        plan: AttentionPlan,
+        fused: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`x` and `residual` `(total_nnz, hidden)` are two names of the same values.
+
+        What reads `x` and what reads `residual` then have gradients of their own, which the
+        fused LayerNorm adds in passing. Without it they are one tensor.
+        """
+        output, mlp = self.attention.output, self.mlp
+        dropout_p = self.dropout if self.training else 0.0
+        if self.pre_norm:
+            attended, values = self.attention.self(output.LayerNorm(x), plan, first_values)
+            x = x + F.dropout(output.dense(attended), dropout_p)
+            x = x + mlp.wo(mlp.hidden(mlp.layernorm(x), fused))
+            return x, x, values
+        attended, values = self.attention.self(x, plan, first_values)
+        x, residual = add_norm(attended, residual, output.dense, output.LayerNorm, dropout_p, fused)
+        hidden = mlp.hidden(x, fused)
+        x, residual = add_norm(hidden, residual, mlp.wo, mlp.layernorm, 0.0, fused)
+        return x, residual, values
+
+
+def add_norm(
+    x: Tensor, residual: Tensor, dense: nn.Linear, norm: LayerNorm, dropout_p: float, fused: bool
+) -> tuple[Tensor, Tensor]:
+    """`norm(residual + dropout(dense(x)))`, twice."""
+    if fused:
+        from mosaicbert.models.kernels.layernorm import residual_layer_norm
+
+        return residual_layer_norm(
+            F.linear(x, dense.weight),
+            residual,
+            norm.weight,
+            norm.bias,
+            dense.bias,
+            norm.eps,
+            dropout_p,
+            dropout_seed(dropout_p, x.device),
+        )
+    out = norm(residual + F.dropout(dense(x), dropout_p))
+    return out, out
 
 
 class MosaicBertEncoder(nn.Module):
@@ -146,17 +230,27 @@ class MosaicBertEncoder(nn.Module):
     def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__()
         self.config = config
-        self.layer = nn.ModuleList(MosaicBertLayer(config) for _ in range(config.num_hidden_layers))
+        layers = config.num_hidden_layers
+        self.layer = nn.ModuleList(MosaicBertLayer(config, index) for index in range(layers))
+        if config.pre_norm:
+            self.final_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.unet_skips:  # the first half's outputs, last first, join the second half's inputs
+            self.skip_weights = nn.Parameter(torch.ones(layers // 2))
         self.gradient_checkpointing = False  # both set by `gradient_checkpointing_enable`
-        self._gradient_checkpointing_func: Callable[..., Tensor] | None = None
+        self._gradient_checkpointing_func: Callable[..., Any] | None = None
 
     def plan(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> AttentionPlan:
         """What the layers share about a batch of embeddings `x (total_nnz, hidden)`."""
         config = self.config
-        return plan_attention(
+        slopes = alibi_slopes(config.num_attention_heads, x.device)
+        rotary = None
+        if config.position_encoding == "rope":
+            slopes = torch.zeros_like(slopes)
+            rotary = rotary_table(cu_seqlens, x.shape[0], config.head_dim, config.rope_theta)
+        plan = plan_attention(
             cu_seqlens,
             max_seqlen,
-            alibi_slopes(config.num_attention_heads, x.device),
+            slopes,
             total_nnz=x.shape[0],
             head_dim=config.head_dim,
             dtype=x.dtype,
@@ -164,22 +258,46 @@ class MosaicBertEncoder(nn.Module):
             window=config.attention_window,
             backend=config.attention_backend,
         )
+        return plan._replace(rotary=rotary)
 
     def forward(
         self, x: Tensor, plan: AttentionPlan, hidden_states: list[Tensor] | None = None
     ) -> Tensor:
         """`(total_nnz, hidden)` -> the same; `hidden_states` receives `x` and each output."""
         fused = kernels.why_not(x.device) is None and x.dtype != torch.float64
-        for layer in self.layer:
+        half = len(self.layer) // 2
+        residual, values = x.view_as(x) if fused else x, None
+        skips: list[Tensor] = []
+        for index, layer in enumerate(self.layer):
             if hidden_states is not None:
                 hidden_states.append(x)
+            if self.config.unet_skips and index >= len(self.layer) - half:
+                x = x + self.skip_weights[len(skips) - 1].to(x.dtype) * skips.pop()
+                residual = x
+            args = (x, residual, values, plan, fused)
             if self._gradient_checkpointing_func and self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(layer.__call__, x, plan, fused)
+                x, residual, values = self._gradient_checkpointing_func(layer.__call__, *args)
             else:
-                x = layer(x, plan, fused)
+                x, residual, values = layer(*args)
+            if not self.config.value_skips:
+                values = None
+            if self.config.unet_skips and index < half:
+                skips.append(x)
+        if self.config.pre_norm:
+            x = self.final_norm(x)
         if hidden_states is not None:
             hidden_states.append(x)
         return x
+
+
+def rotary_table(cu_seqlens: Tensor, total_nnz: int, head_dim: int, theta: float) -> Tensor:
+    """Cosines and sines `(2, total_nnz, head_dim // 2)` float32 of positions in their sequences."""
+    device = cu_seqlens.device
+    position = torch.arange(total_nnz, device=device)
+    position = position - cu_seqlens[sequence_ids(cu_seqlens, total_nnz)]
+    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    angle = position[:, None] * theta**-exponent
+    return torch.stack([angle.cos(), angle.sin()])
 
 
 class MosaicBertPooler(nn.Module):
@@ -220,12 +338,14 @@ class MosaicBertPredictions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(rows, hidden)` -> logits `(rows, padded_vocab)`; pad rows of the vocabulary: -inf."""
-        bias: Tensor = self.decoder.bias
-        vocab_size = self.config.vocab_size
-        if vocab_size < bias.shape[0]:
-            token = torch.arange(bias.shape[0], device=bias.device)
-            bias = bias.masked_fill(token >= vocab_size, -torch.inf)
-        return F.linear(self.transform(x), self.decoder.weight, bias)
+        logits = F.linear(self.transform(x), self.decoder.weight, self.decoder.bias)
+        cap, vocab_size = self.config.logit_softcap, self.config.vocab_size
+        if cap is not None:  # Gemma Team 2024
+            logits = cap * torch.tanh(logits / cap)
+        if vocab_size < logits.shape[1]:
+            token = torch.arange(logits.shape[1], device=x.device)
+            logits = logits.masked_fill(token >= vocab_size, -torch.inf)
+        return logits
 
 
 class MosaicBertMLMHead(nn.Module):

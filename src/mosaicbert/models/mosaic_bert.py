@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MaskedLMOutput,
@@ -29,6 +30,8 @@ from mosaicbert.models.encoder import (
     MosaicBertEncoder,
     MosaicBertMLMHead,
     MosaicBertPooler,
+    MosaicBertSelfAttention,
+    OutputLinear,
 )
 from mosaicbert.models.heads import (
     check_ids,
@@ -94,6 +97,15 @@ class MosaicBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True
     _no_split_modules = ("MosaicBertLayer",)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, OutputLinear) and self.config.zero_init_outputs:
+            init.zeros_(module.weight)
+        if isinstance(module, MosaicBertSelfAttention) and hasattr(module, "value_mix"):
+            init.constant_(module.value_mix, 0.5)
+        if isinstance(module, MosaicBertEncoder) and self.config.unet_skips:
+            init.ones_(module.skip_weights)
 
     def resize_token_embeddings(
         self,
