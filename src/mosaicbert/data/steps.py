@@ -1,6 +1,7 @@
 """Optimizer steps, each made whole by a worker process."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -221,7 +222,11 @@ def _unchanged(result: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    """One thread for each worker: it is the workers that share the cores."""
+    """One thread for each worker: it is the workers that share the cores.
+
+    Ctrl-C reaches them too, but it is the trainer that decides when to end.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 

@@ -58,6 +58,15 @@ class Ranks:
                 dist.all_reduce(tensor)
         return tensor
 
+    def gather_(self, tensor: Tensor) -> Tensor:
+        """All ranks' tensors of one shape, joined along the first dimension, on the device."""
+        if self.world_size == 1:
+            return tensor
+        joined = tensor.new_empty(self.world_size * len(tensor), *tensor.shape[1:])
+        with self.contact():
+            dist.all_gather_into_tensor(joined, tensor.contiguous())
+        return joined
+
     def gather(self, value: T) -> list[T]:
         """Every rank's value, by rank."""
         if self.world_size == 1:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mosaicbert.config.sections import OptimizerConfig
+from mosaicbert.train.distributed import Ranks
 
 FUSED_MATRICES = {"Wqkv": 3, "gated_layers": 2}
 """Modules whose weight stacks several matrices of one shape along its rows."""
@@ -20,13 +21,15 @@ HIDDEN_LAYERS = re.compile(r"\.layers?\.\d+\.")
 """In the names of parameters of encoder layers, such as `bert.encoder.layer.0.mlp.wo.weight`."""
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, ranks: Ranks | None = None
+) -> torch.optim.Optimizer:
     """The optimizer of `config.name` over all parameters of `model` that want a gradient.
 
     `decoupled_adamw` (Loshchilov & Hutter, 2019, as the original counts it) decays by
     `weight_decay * lr / initial_lr` a step; torch's AdamW decays by `weight_decay * lr`. So the one
     is the other with `weight_decay / initial_lr`, exactly. With `decay_norm_and_bias: false`,
-    parameters of fewer than two dimensions are not decayed.
+    parameters of fewer than two dimensions are not decayed. `ranks` share Muon's work.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = {name for name, p in named.items() if HIDDEN_LAYERS.search(name) and p.ndim == 2}
@@ -47,7 +50,8 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         for parts in sorted({_num_matrices(name) for name in hidden})
     ]
     rest = {name: p for name, p in named.items() if name not in hidden}
-    return Muon(matrices, _build_adam(_groups(rest, config), config) if rest else None)
+    adam = _build_adam(_groups(rest, config), config) if rest else None
+    return Muon(matrices, adam, ranks)
 
 
 def _groups(named: dict[str, nn.Parameter], config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -147,14 +151,19 @@ class Muon(torch.optim.Optimizer):
     semi-orthogonal matrix and scaled by `sqrt(max(1, rows / cols))`; weight decay is decoupled and
     scaled by the learning rate. Matrices of one shape, of all layers and groups' parts, go
     through one batched iteration; wide ones are transposed and join the tall ones. A weight that
-    stacks q, k and v (or the two halves of a gated unit) counts as that many matrices.
+    stacks q, k and v (or the two halves of a gated unit) counts as that many matrices. With
+    `ranks`, each iterates over its share of them.
     """
 
     def __init__(
-        self, matrices: Sequence[dict[str, Any]], rest: torch.optim.Optimizer | None
+        self,
+        matrices: Sequence[dict[str, Any]],
+        rest: torch.optim.Optimizer | None,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__(matrices, {})
         self.rest = rest
+        self.ranks = ranks
         if rest is not None:  # one state and one list of groups for both
             rest.state = self.state
             self.param_groups = [*self.param_groups, *rest.param_groups]
@@ -181,11 +190,23 @@ class Muon(torch.optim.Optimizer):
                     weight, part = (weight, part) if tall else (weight.mT, part.mT)
                     by_shape.setdefault(weight.shape, []).append((weight, part, rate))
         for members in by_shape.values():
-            updates = orthogonalize(torch.stack([part for _, part, _ in members]))
+            updates = self._orthogonalized([part for _, part, _ in members])
             for (weight, _, rate), update in zip(members, updates, strict=True):
                 weight.add_(update.to(weight.dtype), alpha=rate)
         if self.rest is not None:
             self.rest.step()
+
+    def _orthogonalized(self, parts: list[Tensor]) -> Tensor:
+        """Each rank takes its share of the matrices; all get all."""
+        world_size = self.ranks.world_size if self.ranks else 1
+        if self.ranks is None or world_size == 1:
+            return orthogonalize(torch.stack(parts))
+        share = -(-len(parts) // world_size)
+        first = min(self.ranks.rank * share, len(parts) - 1)
+        mine = orthogonalize(torch.stack(parts[first : first + share]))
+        if len(mine) < share:  # the last ranks may have less, or nothing of use
+            mine = torch.cat([mine, mine.new_zeros(share - len(mine), *mine.shape[1:])])
+        return self.ranks.gather_(mine)[: len(parts)]
 
     def _momentum(self, params: list[nn.Parameter], group: dict[str, Any]) -> Sequence[Tensor]:
         grads = [p.grad for p in params if p.grad is not None]

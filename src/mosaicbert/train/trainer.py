@@ -17,6 +17,7 @@ from mosaicbert.config.jobs import TrainerConfig
 from mosaicbert.duration import Duration, Progress
 from mosaicbert.errors import DataError, TrainingError
 from mosaicbert.train.backward import Backward
+from mosaicbert.train.clock import Clock
 from mosaicbert.train.distributed import Ranks
 from mosaicbert.train.metrics import MetricFactory
 from mosaicbert.train.optim import build_optimizer
@@ -72,7 +73,7 @@ class Trainer:
         self.judges: list[Any] = [m for m in monitors if hasattr(m, "judge")]
         self.backward = Backward(model, config, ranks)
         self.scaler = self.backward.scaler
-        self.optimizer = build_optimizer(model, config.optimizer)
+        self.optimizer = build_optimizer(model, config.optimizer, ranks)
         self.saving = Saving(config, ranks, model, self.optimizer, self.scaler, write_assets)
         self.signals = StopSignals()
         self.progress = Progress()
@@ -86,7 +87,7 @@ class Trainer:
         self._stop_agreed = False
         self._evaluated_at = -1
         self._last_loss = math.nan
-        self._clock = _Clock()
+        self._clock = Clock()
 
     # --- the outline -----------------------------------------------------------------------------
 
@@ -101,7 +102,7 @@ class Trainer:
             DataError: the loader has nothing to give.
             TrainingError: the run cannot go on.
         """
-        with self.signals, self._closing_loggers():
+        with self.signals, self._closing_loggers(), self._explaining_memory():
             self.progress = self.saving.start()
             self._clock.start(self.progress.seconds)
             self._start_loggers()
@@ -341,54 +342,19 @@ class Trainer:
                 start(replace(self.progress))
 
     @contextmanager
+    def _explaining_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"Out of memory after batch {self.progress.batch}, in an update or an evaluation. "
+                "Lower device_eval_batch_size or device_train_microbatch_size."
+            ) from error
+
+    @contextmanager
     def _closing_loggers(self) -> Iterator[None]:
         try:
             yield
         finally:
             for logger in self.loggers:
                 logger.close()
-
-
-class _Clock:
-    """Wall clock of a run: as a whole, of this call, and of its steps alone."""
-
-    def __init__(self) -> None:
-        self._earlier = 0.0
-        self._began = self._mark = time.monotonic()
-        self._num_laps = 0
-        self._tokens = 0
-        self._seconds = 0.0
-
-    def start(self, earlier_seconds: float) -> None:
-        """Begin; a resumed run adds to what it took before."""
-        self._earlier = earlier_seconds
-        self._began = self._mark = time.monotonic()
-
-    @property
-    def seconds_of_this_call(self) -> float:
-        """Since `start`."""
-        return time.monotonic() - self._began
-
-    @property
-    def seconds_of_run(self) -> float:
-        """With what earlier calls took."""
-        return self._earlier + self.seconds_of_this_call
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Over the steps' own seconds, without the first, which compiles; 0 where there is none."""
-        return self._tokens / self._seconds if self._seconds else 0.0
-
-    def skip(self) -> None:
-        """What went by since the last lap was no step."""
-        self._mark = time.monotonic()
-
-    def lap(self, num_tokens: int) -> float:
-        """Seconds of the step that ends now."""
-        now = time.monotonic()
-        seconds, self._mark = now - self._mark, now
-        self._num_laps += 1
-        if self._num_laps > 1:
-            self._tokens += num_tokens
-            self._seconds += seconds
-        return seconds
