@@ -184,7 +184,7 @@ def main() -> None:
                 "triton": triton.__version__,
                 "python": platform.python_version(),
             },
-            "commit": commit.stdout.strip() or None,
+            "commit": None if commit.returncode else commit.stdout.strip(),
             "bytes_per_second": bandwidth,
             "flops_per_second": peak,
             "rows": table,

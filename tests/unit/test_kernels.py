@@ -20,7 +20,7 @@ if not triton.knobs.runtime.interpret:
 from mosaicbert.models.kernels import attention as attention_module  # noqa: E402
 from mosaicbert.models.kernels import geglu as geglu_module  # noqa: E402
 from mosaicbert.models.kernels.attention import alibi_attention  # noqa: E402
-from mosaicbert.models.kernels.geglu import geglu, geglu_backward  # noqa: E402
+from mosaicbert.models.kernels.geglu import geglu, geglu_backward, geglu_linear  # noqa: E402
 from mosaicbert.models.kernels.layernorm import residual_layer_norm  # noqa: E402
 
 SEED = torch.tensor([0x1234_5678_9ABC])
@@ -144,6 +144,21 @@ def test_geglu_dropout_repeats_its_mask() -> None:
     assert not torch.equal(geglu(x, 0.1, SEED + (1 << 32)) != 0, kept)
 
 
+def test_geglu_linear() -> None:
+    """The same values and gradients as the two operations one after the other."""
+    x, weight = torch.randn(12, 2 * 24, requires_grad=True), torch.randn(8, 24, requires_grad=True)
+    apart = geglu(x, 0.2, SEED) @ weight.T
+    together = geglu_linear(x, weight, 0.2, SEED)
+    torch.testing.assert_close(together, apart)
+    grad = torch.randn_like(apart)
+    for got, want in zip(
+        torch.autograd.grad(together, (x, weight), grad),
+        torch.autograd.grad(apart, (x, weight), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
 def test_dropout_masks_are_independent() -> None:
     """Between rows, between columns and between neighbouring seeds."""
     ones = torch.ones(256, 2 * 256)
@@ -199,11 +214,13 @@ def test_one_graph_under_compile() -> None:
     """Forward and backward of all three trace without a break, with the same gradients."""
     cu_seqlens = torch.tensor([0, 3, 8], dtype=torch.int32)
     weight, bias = torch.randn(2, HEADS * HEAD_DIM)
+    square = torch.randn(HEADS * HEAD_DIM, HEADS * HEAD_DIM)
 
     def block(qkv: Tensor) -> Tensor:
         mixed = alibi_attention(qkv, cu_seqlens, 5, SLOPES).flatten(1)
         normed, again = residual_layer_norm(mixed, qkv[:, 0].flatten(1), weight, bias)
-        return geglu(torch.cat([normed, again], 1), 0.1, SEED)
+        wide = torch.cat([normed, again], 1)
+        return geglu(wide, 0.1, SEED) + geglu_linear(wide, square, 0.1, SEED)
 
     qkv = torch.randn(8, 3, HEADS, HEAD_DIM, requires_grad=True)
     (eager,) = torch.autograd.grad(block(qkv).square().sum(), qkv)

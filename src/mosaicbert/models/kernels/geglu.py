@@ -1,10 +1,12 @@
 """GeGLU with exact GELU and optional dropout, one pass over memory each way.
 
 `gelu(x[:, :I]) * x[:, I:]` (Shazeer 2020, "GLU Variants Improve Transformer"). Only `x` is kept for
-the backward pass.
+the backward pass, by `geglu_linear` too.
 """
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
 # ruff: noqa: N803
+
+from typing import Any
 
 import torch
 import triton
@@ -158,4 +160,37 @@ def geglu(x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tens
     `seed` (int64, one element, on the device of `x`) decides the dropout mask.
     """
     out: Tensor = geglu_forward(x.contiguous(), dropout_p, seed)
+    return out
+
+
+class _GegluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None
+    ) -> Tensor:
+        ctx.dropout_p = dropout_p
+        ctx.save_for_backward(x, weight, seed)
+        out: Tensor = geglu_forward(x, dropout_p, seed) @ weight.to(x.dtype).T
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, seed = ctx.saved_tensors
+        (grad,) = grads
+        dx, out = geglu_backward(grad @ weight.to(x.dtype), x, ctx.dropout_p, seed, True)
+        return dx, (grad.T @ out).to(weight.dtype), None, None
+
+
+def geglu_linear(
+    x: Tensor, weight: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None
+) -> Tensor:
+    """`geglu(x, dropout_p, seed) @ weight.T`, without keeping `geglu(x)` for the backward pass.
+
+    `x (n, 2 * I)`, `weight (hidden, I)`, taken in the dtype of `x`; `(n, hidden)`. The backward
+    kernel makes the activation anew in the pass it makes anyway: a sixth more of its time for
+    `n * I` elements less of memory.
+    """
+    out: Tensor = _GegluLinear.apply(  # type: ignore[no-untyped-call]
+        x.contiguous(), weight, dropout_p, seed
+    )
     return out
