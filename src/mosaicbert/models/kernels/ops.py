@@ -10,8 +10,8 @@ import triton
 def kernel_op(name: str) -> Callable[..., Any]:
     """Decorator: a functional operator `mosaicbert::name` whose body launches Triton kernels.
 
-    The compiler sees into it and launches the kernels itself, in less than half of an opaque
-    operator's host time; in Triton's interpreter there is nothing to launch, so there the operator is opaque.
+    The compiler sees into it and launches the kernels itself, in less than half of the host time
+    of an opaque operator. In Triton's interpreter it has nothing to launch: opaque there.
     """
     if triton.knobs.runtime.interpret:
         return torch.library.custom_op(f"mosaicbert::{name}", mutates_args=())
