@@ -20,6 +20,7 @@ from typing import Any
 
 from mosaicbert.data.download import BusyError, Patience, download, only_one, remove_leftovers
 from mosaicbert.data.mds import Shard, ShardInfo, ensure_raw
+from mosaicbert.data.mds_files import REMEDY
 from mosaicbert.errors import DataError
 
 MAX_OPEN_SHARDS = 128
@@ -44,29 +45,63 @@ class ShardFolder:
         """Whether the raw shard is there."""
         return (self.local / info.raw_basename).exists()
 
-    def fetch(self, info: ShardInfo, wait: bool = True) -> Path:
-        """The raw shard's path: copied, decompressed and checked as far as need be.
+    def open(self, info: ShardInfo) -> tuple[Shard, int | None]:
+        """A shard, copied, decompressed and checked as far as need be; and what says it is in use.
 
-        A local copy that turns out to be damaged is fetched anew, once, where there is a remote.
+        That is a descriptor to be closed after use (None: nobody evicts from a folder without a
+        remote). A local copy that turns out to be damaged is fetched anew where there is a remote.
 
         Raises:
             DataError: it cannot be had, or is damaged.
-            BusyError: without `wait`, another process or thread is fetching it.
         """
-        if self.is_here(info):
+        try:
+            return self._open(self.local / info.raw_basename, info)
+        except FileNotFoundError:
+            pass
+        except DataError as error:
+            if self.remote is None:
+                raise
+            log.warning("%s Fetching it anew.", error)
+        except OSError as error:
+            raise _unreadable(self.local / info.raw_basename, error) from error
+        with only_one(self.local / info.raw_basename, self.patience.total_seconds()) as is_alone:
+            path = self._bring(info, is_alone)
             try:
-                return ensure_raw(self.local, info)
-            except DataError as error:
-                if self.remote is None:
-                    raise
-                log.warning("%s Fetching it anew.", error)
-        path = self.local / info.raw_basename
-        with only_one(path, self.patience.total_seconds() if wait else 0.0) as is_alone:
+                return self._open(path, info)
+            except OSError as error:
+                raise _unreadable(path, error) from error
+
+    def fetch(self, info: ShardInfo) -> None:
+        """Copy and decompress a shard ahead of its use.
+
+        Raises:
+            DataError: it cannot be had, or is damaged.
+            BusyError: another process or thread is at it.
+        """
+        with only_one(self.local / info.raw_basename, 0.0) as is_alone:
+            self._bring(info, is_alone)
+
+    def _open(self, path: Path, info: ShardInfo) -> tuple[Shard, int | None]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
             if self.remote is not None:
-                if is_alone:
-                    remove_leftovers(path)
-                self._copy(info)
-            return ensure_raw(self.local, info, keep_zip=self.keep_zip or self.remote is None)
+                _mark_in_use(path, descriptor)
+            shard = Shard(ensure_raw(path.parent, info), info)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if self.remote is not None:
+            return shard, descriptor
+        os.close(descriptor)
+        return shard, None
+
+    def _bring(self, info: ShardInfo, is_alone: bool) -> Path:
+        """The path of the raw file, which is there in the end."""
+        if self.remote is not None:
+            if is_alone:
+                remove_leftovers(self.local / info.raw_basename)
+            self._copy(info)
+        return ensure_raw(self.local, info, keep_zip=self.keep_zip or self.remote is None)
 
     def _copy(self, info: ShardInfo) -> None:
         """Get the raw or the compressed file, unless a sound one is there."""
@@ -121,18 +156,9 @@ class ShardSet:
             self._open.move_to_end(number)
             return self._open[number][0]
         folder, info = self._shards[number]
-        for last_try in (False, False, True):
-            if folder.remote is not None and not folder.is_here(info):
-                self._make_room(number, may_exceed=True)
-            path = folder.fetch(info)
-            try:
-                in_use = self._mark_in_use(path) if folder.remote is not None else None
-                self._open[number] = (Shard(path, info), in_use)
-                break
-            except (DataError, OSError):
-                if last_try or folder.remote is None or path.exists():
-                    raise
-                log.debug("%s was evicted before it was opened", path)
+        if not folder.is_here(info):
+            self._make_room(number, may_exceed=True)
+        self._open[number] = folder.open(info)
         while len(self._open) > MAX_OPEN_SHARDS:
             self._close(next(iter(self._open)))
         return self._open[number][0]
@@ -179,15 +205,6 @@ class ShardSet:
         if in_use is not None:
             os.close(in_use)
 
-    def _mark_in_use(self, path: Path) -> int:
-        """A descriptor whose shared lock keeps others from evicting the file until it is closed."""
-        descriptor = os.open(path, os.O_RDONLY)
-        with suppress(OSError):  # a file system without locks, a folder of somebody else's
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            # The access time says when it was last used; the time of change must stay.
-            os.utime(path, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
-        return descriptor
-
     def _fetch_ahead(self) -> None:
         while True:
             with self._wake:
@@ -199,7 +216,7 @@ class ShardSet:
             folder, info = self._shards[number]
             try:
                 if not folder.is_here(info) and self._make_room(number, may_exceed=False):
-                    folder.fetch(info, wait=False)
+                    folder.fetch(info)
             except BusyError:
                 pass  # another worker's
             except Exception as error:  # `open` meets it again and raises
@@ -207,7 +224,7 @@ class ShardSet:
 
     def _make_room(self, number: int, may_exceed: bool) -> bool:
         """Evict until a shard fits; False, or with `may_exceed` a warning, where none can go."""
-        if self._limit is None:
+        if self._limit is None or self._shards[number][0].remote is None:
             return True
         with self._eviction:  # two threads would take each other's hold on a file for use of it
             excess = self._evict_for(number, self._limit)
@@ -224,29 +241,42 @@ class ShardSet:
         """Evict until a shard fits into the limit; the bytes by which it does not."""
         folder, info = self._shards[number]
         files = sorted(self._cached_files())
-        if any(path == folder.local / info.raw_basename for _, _, path in files):
+        if any(path == folder.local / info.raw_basename for _, _, path, _ in files):
             return 0  # a background thread was faster
-        excess = sum(size for _, size, _ in files) + info.raw_bytes + info.zip_bytes - limit
-        for _, size, path in files:
-            if excess > 0 and _evict(path):
+        excess = sum(size for _, size, _, _ in files) + info.raw_bytes + info.zip_bytes - limit
+        for _, size, path, raw in files:
+            if excess > 0 and _evict(path, raw):
                 excess -= size
         return excess
 
-    def _cached_files(self) -> list[tuple[int, int, Path]]:
-        """(time of last use, bytes, path) of the local files that could be fetched again."""
+    def _cached_files(self) -> list[tuple[int, int, Path, Path]]:
+        """(last use, bytes, path, path of the raw shard) of files that could be fetched again."""
         files = []
         for folder, info in self._shards:
+            raw = folder.local / info.raw_basename
             for name in (info.raw_basename, info.zip_basename):
                 if folder.remote is None or name is None:
                     continue
                 with suppress(FileNotFoundError):
                     stat = (folder.local / name).stat()
-                    files.append((stat.st_atime_ns, stat.st_size, folder.local / name))
+                    files.append((stat.st_atime_ns, stat.st_size, folder.local / name, raw))
         return files
 
 
-def _evict(path: Path) -> bool:
-    """Remove a file unless a process uses it; whether it is gone."""
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"Shard {path} cannot be read ({error.strerror}). {REMEDY}")
+
+
+def _mark_in_use(path: Path, descriptor: int) -> None:
+    """A shared lock keeps others from evicting the file until the descriptor is closed."""
+    with suppress(OSError):  # a file system without locks, a file of somebody else's
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        # The access time says when it was last used; the time of change must stay.
+        os.utime(path, ns=(time.time_ns(), os.fstat(descriptor).st_mtime_ns))
+
+
+def _evict(path: Path, raw: Path) -> bool:
+    """Remove a file unless a process uses it or is fetching its shard; whether it is gone."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -255,8 +285,9 @@ def _evict(path: Path) -> bool:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink(missing_ok=True)
-    except OSError:  # in use, or not ours to remove
+        with only_one(raw, 0.0):
+            path.unlink(missing_ok=True)
+    except (OSError, BusyError):  # in use, being fetched, or not ours to remove
         return False
     finally:
         os.close(descriptor)
