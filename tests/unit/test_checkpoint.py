@@ -99,6 +99,12 @@ def test_old_checkpoints_go(tmp_path):
     assert SaveFolder(str(tmp_path)).names() == ["ep1-ba8", "ep2-ba10"]
 
 
+def test_keeping_none_writes_none(tmp_path):
+    trainer, _ = make_trainer(save_folder=str(tmp_path / "x"), save_num_checkpoints_to_keep=0)
+    assert trainer.fit().checkpoint is None
+    assert not (tmp_path / "x").exists()
+
+
 def test_another_runs_folder_is_refused_unless_overwritten(tmp_path):
     make_trainer(save_folder=str(tmp_path), max_duration="12ba")[0].fit()
     trainer, _ = make_trainer(save_folder=str(tmp_path))

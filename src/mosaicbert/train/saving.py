@@ -171,11 +171,14 @@ class Saving:
             )
 
     def _open(self, run_id: str | None) -> None:
+        keep = self.config.save_num_checkpoints_to_keep
         if self.config.save_folder is None:
+            return
+        if keep == 0:
+            log.info("save_num_checkpoints_to_keep: 0: no checkpoints are written.")
             return
         folder = SaveFolder(self._named(self.config.save_folder))
         check_save_folder(folder, run_id, self.config.save_overwrite)
-        keep = self.config.save_num_checkpoints_to_keep
         self._writer = CheckpointWriter(
             folder, run_id or uuid.uuid4().hex, keep, self._write_assets
         )
