@@ -125,14 +125,19 @@ def test_zero_initialised_outputs_survive_loading(tmp_path):
 def test_rotation_depends_on_the_distance_only():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8)
-    table = rotary_table(torch.tensor([0, 3, 9]).int(), 9, 8, 10_000.0)
-    assert torch.equal(table[:, 3:6], table[:, :3])  # positions start anew in each sequence
-    qk = torch.cat([q, k], dim=1).expand(9, 2, 1, 8)
-    turned = rotate(qk, table)[3:, :, 0]
+    table = rotary_table(torch.arange(6), 8, 10_000.0)
+    turned = rotate(torch.cat([q, k], dim=1).expand(6, 2, 1, 8), table)[:, :, 0]
     scores = turned[:, 0] @ turned[:, 1].T
     for shift in range(-3, 4):
         diagonal = scores.diagonal(shift)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+
+
+def test_positions_start_anew_in_each_sequence():
+    encoder = build(position_encoding="rope").bert.encoder
+    rotary = encoder.plan(torch.zeros(9, 128), torch.tensor([0, 3, 9]).int(), 6).rotary
+    assert torch.equal(rotary[:, :3], rotary[:, 3:6])
+    assert (rotary[0, 0] == 1).all()
 
 
 def test_the_soft_cap_bounds_and_keeps_padding_out():

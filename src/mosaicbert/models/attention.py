@@ -44,7 +44,7 @@ class AttentionPlan(NamedTuple):
     slopes: Tensor  # (heads,) float32; zeros: no ALiBi
     window: int  # keys with |i - j| <= window are seen; -1: all
     dropout_p: float
-    slot: Tensor | None  # sdpa: (total_nnz,) row of each position in the padded (batch * seq) form
+    slot: Tensor | None  # sdpa: (total_nnz,) row of each position in the padded form; None: is it
     bias: Tensor | None  # sdpa: (batch, heads, seq, seq), where it is small enough to keep
     block_mask: BlockMask | None  # flex
     rotary: Tensor | None = None  # (2, total_nnz, head_dim // 2), for those who rotate q and k
@@ -228,8 +228,9 @@ def alibi_bias(slopes: Tensor, key_mask: Tensor, dtype: torch.dtype, window: int
 
 def _sdpa(qkv: Tensor, plan: AttentionPlan) -> Tensor:
     batch, seq = plan.cu_seqlens.numel() - 1, plan.max_seqlen
-    assert plan.slot is not None
-    padded = qkv.new_zeros(batch * seq, *qkv.shape[1:]).index_copy(0, plan.slot, qkv)
+    padded = qkv
+    if plan.slot is not None:
+        padded = qkv.new_zeros(batch * seq, *qkv.shape[1:]).index_copy(0, plan.slot, qkv)
     padded = padded.view(batch, seq, *qkv.shape[1:]).permute(2, 0, 3, 1, 4)
     q, k, v = padded.unbind()  # each (batch, heads, seq, head_dim)
     if plan.bias is not None:
@@ -244,7 +245,8 @@ def _sdpa(qkv: Tensor, plan: AttentionPlan) -> Tensor:
                 F.scaled_dot_product_attention(*some, attn_mask=bias, dropout_p=plan.dropout_p)
             )
         out = torch.cat(parts)
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, plan.slot)
+    out = out.transpose(1, 2).flatten(0, 1)  # (batch * seq, heads, head_dim)
+    return out if plan.slot is None else out.index_select(0, plan.slot)
 
 
 # --- flex -----------------------------------------------------------------------------------------

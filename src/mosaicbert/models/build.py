@@ -83,28 +83,37 @@ def build_model(
         CheckpointError: the weights to start from cannot be read or do not fit.
     """
     config_class, changes = _class_and_changes(settings, algorithms)
-    labels = {"num_labels": num_labels} if num_labels is not None else {}
-    if problem_type is not None:
-        labels["problem_type"] = problem_type  # type: ignore[assignment]
+    given = {"num_labels": num_labels, "problem_type": problem_type}
+    labels = {key: value for key, value in given.items() if value is not None}
     if settings.use_pretrained:
-        name = settings.pretrained_model_name
-        name = f"google-bert/{name}" if name in SHAPES and "/" not in name else name
-        model = load(name, task, **changes, **labels).train()
-        if model.config.model_type != config_class.model_type:  # type: ignore[union-attr]
-            raise ConfigError(
-                f"model.use_pretrained: the weights of {name} are a "
-                f"{model.config.model_type!r}, which model.name {settings.name!r} "  # type: ignore[union-attr]
-                "with these algorithms cannot take. Set use_pretrained: false for its shape alone."
-            )
+        model = _pretrained(settings, task, config_class, changes | labels)
     else:
         shape = {"vocab_size": vocab_size, "num_labels": 2} | _known_shape(settings) | changes
-        config = make_config(config_class, shape | labels)
-        model = model_class(config.model_type, task)(config)
-    _check_lengths(model.config, max_seq_len, vocab_size)
+        values = make_config(config_class, shape | labels)
+        model = model_class(values.model_type, task)(values)
+    config: Any = model.config
+    config.architectures = [type(model).__name__]
+    _check_lengths(config, max_seq_len, vocab_size)
     if settings.pretrained_checkpoint:
         load_weights(model, settings.pretrained_checkpoint)
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(model)
+    return model
+
+
+def _pretrained(
+    settings: ModelConfig, task: Task, config_class: Any, changes: dict[str, Any]
+) -> nn.Module:
+    name = settings.pretrained_model_name
+    name = f"google-bert/{name}" if name in SHAPES and "/" not in name else name
+    model = load(name, task, **changes).train()
+    found = model.config.model_type  # type: ignore[union-attr]
+    if found != config_class.model_type:
+        raise ConfigError(
+            f"model.use_pretrained: the weights of {name} are a {found!r}, which model.name "
+            f"{settings.name!r} with these algorithms cannot take. Set use_pretrained: false for "
+            "its shape alone."
+        )
     return model
 
 

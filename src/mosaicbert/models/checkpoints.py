@@ -86,6 +86,7 @@ def load(path: str | Path, task: Task = "mlm", **config: Any) -> nn.Module:
         values.pop("label2id", None)
     values |= checked_keys(config_class, config, "config")
     model: nn.Module = model_class(model_type, task)(make_config(config_class, values))
+    model.config.architectures = [type(model).__name__]  # type: ignore[union-attr]
     put_weights(model, weights, str(path))
     return model.eval()
 

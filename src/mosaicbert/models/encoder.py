@@ -246,7 +246,9 @@ class MosaicBertEncoder(nn.Module):
         rotary = None
         if config.position_encoding == "rope":
             slopes = torch.zeros_like(slopes)
-            rotary = rotary_table(cu_seqlens, x.shape[0], config.head_dim, config.rope_theta)
+            position = torch.arange(x.shape[0], device=x.device)
+            position = position - cu_seqlens[sequence_ids(cu_seqlens, x.shape[0])]
+            rotary = rotary_table(position, config.head_dim, config.rope_theta)
         plan = plan_attention(
             cu_seqlens,
             max_seqlen,
@@ -290,12 +292,9 @@ class MosaicBertEncoder(nn.Module):
         return x
 
 
-def rotary_table(cu_seqlens: Tensor, total_nnz: int, head_dim: int, theta: float) -> Tensor:
-    """Cosines and sines `(2, total_nnz, head_dim // 2)` float32 of positions in their sequences."""
-    device = cu_seqlens.device
-    position = torch.arange(total_nnz, device=device)
-    position = position - cu_seqlens[sequence_ids(cu_seqlens, total_nnz)]
-    exponent = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+def rotary_table(position: Tensor, head_dim: int, theta: float) -> Tensor:
+    """Cosines and sines `(2, total_nnz, head_dim // 2)` float32 of `position (total_nnz,)`."""
+    exponent = torch.arange(0, head_dim, 2, device=position.device) / head_dim
     angle = position[:, None] * theta**-exponent
     return torch.stack([angle.cos(), angle.sin()])
 
