@@ -1,130 +1,34 @@
 """The text loader: the same global batches on any ranks, workers and resumes."""
 
-import itertools
+import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from text_sets import (
+    BERT,
+    CLS,
+    SEP,
+    expected_ids,
+    loader,
+    sequences,
+    texts,
+    true_ids,
+    write_set,
+)
 
-from mosaicbert.batch import IGNORE_INDEX, Step
-from mosaicbert.config.sections import DatasetConfig, LoaderConfig
-from mosaicbert.data.loader import build_text_loader
-from mosaicbert.data.mds import MDSWriter
-from mosaicbert.data.steps import StepLoader
-from mosaicbert.data.tokenizers import load_tokenizer
 from mosaicbert.errors import ConfigError, DataError
 
 # Python 3.12 warns of every fork of a process with threads; what is forked here takes no locks.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-BERT = load_tokenizer("bert-base-uncased")
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "market",
-    "window",
-    "river",
-    "paper",
-    "seven",
-    "engine",
-    "garden",
-    "plain",
-    "history",
-]
-CLS, SEP, MASK = 101, 102, 103
-
-
-def texts(count: int = 50) -> list[str]:
-    generator = np.random.default_rng(3)
-    return [
-        f"{number} " + " ".join(generator.choice(WORDS, generator.integers(1, 40)))
-        for number in range(1000, 1000 + count)
-    ]
-
-
-def write_set(folder: Path, rows: list[dict[str, Any]], column: dict[str, str]) -> Path:
-    with MDSWriter(folder / "train", column, size_limit=1500) as writer:
-        for row in rows:
-            writer.write(row)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     return write_set(folder, [{"text": text} for text in texts()], {"text": "str"})
-
-
-def loader(
-    local: Path | None,
-    *,
-    batch_size: int | Callable[[int], int] = 8,
-    num_workers: int = 0,
-    drop_last: bool = True,
-    pin_memory: bool | None = None,
-    timeout: int = 60,
-    rank: int = 0,
-    world_size: int = 1,
-    packed: bool = True,
-    training: bool = True,
-    total_samples: int | None = None,
-    subset_batches: int | None = None,
-    **dataset: Any,
-) -> StepLoader:
-    settings = {"split": "train", "shuffle": True, "max_seq_len": 32, "shuffle_block_size": 20}
-    return build_text_loader(
-        LoaderConfig(
-            dataset=DatasetConfig(local=local and str(local), **{**settings, **dataset}),
-            num_workers=num_workers,
-            drop_last=drop_last,
-            pin_memory=pin_memory,
-            timeout=timeout,
-        ),
-        batch_size=batch_size,
-        microbatch_samples=4,
-        rank=rank,
-        world_size=world_size,
-        packed=packed,
-        grid=False,
-        training=training,
-        mlm_probability=0.3,
-        total_samples=total_samples,
-        subset_batches=subset_batches,
-    )
-
-
-def sequences(step: Step) -> list[tuple[int, ...]]:
-    """The samples of a step with the true ids put back, and the masked ones: sorted."""
-    found = []
-    for batch in step.microbatches:
-        masked = batch.input_ids.flatten()
-        true = masked.clone()
-        assert batch.target_positions is not None
-        real = batch.labels != IGNORE_INDEX
-        true[batch.target_positions[real]] = batch.labels[real]
-        if batch.cu_seqlens is not None:
-            bounds = batch.cu_seqlens.tolist()
-            rows = [slice(a, b) for a, b in itertools.pairwise(bounds)]
-        else:
-            width = batch.input_ids.shape[1]
-            rows = [slice(i * width, (i + 1) * width) for i in range(len(batch.input_ids))]
-        for row in rows:
-            length = int((true[row] == SEP).nonzero()[0, 0]) + 1
-            found.append((*true[row].tolist()[:length], *masked[row].tolist()[:length]))
-    return sorted(found)
-
-
-def true_ids(step: Step) -> list[list[int]]:
-    return sorted(list(both[: len(both) // 2]) for both in sequences(step))
-
-
-def expected_ids(items: list[str], max_seq_len: int = 32) -> list[list[int]]:
-    encoded = BERT(items, truncation=True, max_length=max_seq_len)
-    return encoded["input_ids"]  # type: ignore[no-any-return]
 
 
 def test_natural_order_is_the_texts(data: Path) -> None:
@@ -336,105 +240,17 @@ def test_streams_are_mixed(data: Path, tmp_path: Path) -> None:
     assert max(counts) < 8
 
 
-def test_ids_of_another_tokenizer(tmp_path: Path) -> None:
-    rows = [{"input_ids": np.array([5, 60000], np.uint16)}] * 10
-    data = write_set(tmp_path, rows, {"input_ids": "ndarray:uint16"})
-    with pytest.raises(DataError, match=r"shard\.00000.*ids up to 60000.*30522"):
-        next(loader(data).steps(0))
-
-
-def test_no_column_to_read(tmp_path: Path) -> None:
-    data = write_set(tmp_path, [{"body": "a"}], {"body": "str"})
-    with pytest.raises(DataError, match=r"columns body.*--text_column"):
-        loader(data)
-
-
-def test_text_that_is_no_utf8(tmp_path: Path) -> None:
-    data = write_set(tmp_path, [{"text": "plain text"}] * 10, {"text": "str"})
-    shard = next(iter((data / "train").glob("*.mds")))
-    content = shard.read_bytes().replace(b"plain text", b"plain \xff\xfe\xfdt")
-    shard.write_bytes(content)
-    index = data / "train" / "index.json"
-    index.write_text(_without_hashes(index.read_text()))
-    with pytest.raises(DataError, match="no UTF-8 text"):
-        next(loader(data).steps(0))
-
-
-def _without_hashes(index: str) -> str:
-    import json
-
-    content = json.loads(index)
-    for shard in content["shards"]:
-        shard["raw_data"]["hashes"] = {}
-    return json.dumps(content)
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_damaged_shard_ends_the_epoch_with_its_name(
-    data: Path, tmp_path: Path, num_workers: int
-) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(data, copy)
-    victim = copy / "train" / "shard.00002.mds"
-    content = bytearray(victim.read_bytes())
-    content[len(content) // 2] ^= 1
-    victim.write_bytes(content)
-    with pytest.raises(DataError, match=r"shard\.00002\.mds") as caught:
-        list(loader(copy, num_workers=num_workers).steps(0))
-    assert "Traceback" not in str(caught.value)
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
-def test_other_damage(data: Path, tmp_path: Path, damage: str) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(data, copy)
-    victim = copy / "train" / "shard.00001.mds"
-    if damage == "missing":
-        victim.unlink()
-    else:
-        victim.write_bytes(victim.read_bytes()[: 100 if damage == "truncated" else 0])
-    with pytest.raises(DataError, match=r"shard\.00001\.mds"):
-        list(loader(copy).steps(0))
-
-
-@pytest.mark.parametrize("cache_limit", [None, 4000])
-def test_streaming_gives_the_same_steps(
-    data: Path, tmp_path: Path, cache_limit: int | None
-) -> None:
-    """Two ranks of two workers copy to one folder, with room for a few shards or for all."""
-    expected = [[sequences(step) for step in loader(data).steps(epoch)] for epoch in (0, 1)]
-    streamed = {"remote": f"file://{data}", "cache_limit": cache_limit, "predownload": 4}
-    ranks = [
-        loader(tmp_path / "cache", rank=r, world_size=2, num_workers=2, **streamed)
-        for r in range(2)
-    ]
-    for epoch in (0, 1):
-        found = [
-            sorted(sequence for step in steps for sequence in sequences(step))
-            for steps in zip(*(rank.steps(epoch) for rank in ranks), strict=True)
-        ]
-        assert found == expected[epoch]
-    for rank in ranks:
-        rank.close()
-    assert not list((tmp_path / "cache").glob("train/.*.tmp"))
-
-
 def test_fewer_samples_than_a_batch(data: Path) -> None:
     with pytest.raises(DataError, match="50 samples make not one batch of 64"):
         loader(data, batch_size=64)
     assert loader(data, batch_size=64, drop_last=False).num_samples == 50
 
 
-def test_a_worker_that_dies_is_an_error(data: Path) -> None:
-    dying = loader(data, num_workers=1)
-    dying._dataset._make_samples = _die
-    with pytest.raises(DataError, match="data workers gave up"):
-        next(dying.steps(0))
-
-
-def _die(epoch: int, start: int, end: int) -> list[Any]:
-    import os
-    import signal
-
-    os.kill(os.getpid(), signal.SIGKILL)
-    return []
+def test_workers_can_be_started_by_pickling(data: Path) -> None:
+    """As where processes are spawned, not forked."""
+    for long_documents in ("truncate", "chunk"):
+        made = loader(data, long_documents=long_documents)
+        next(made.steps(0))
+        again = pickle.loads(pickle.dumps(made._dataset))
+        first, second = (dataset.make((0, 0, 8)) for dataset in (made._dataset, again))
+        assert [b.input_ids.tolist() for b in first] == [b.input_ids.tolist() for b in second]

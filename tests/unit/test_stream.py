@@ -1,75 +1,34 @@
 """Shards from a store with faults: the right data, or an error that names the shard."""
 
-import itertools
 import json
 import logging
-import multiprocessing
 import os
-import random
-import threading
 import time
-from collections import Counter
-from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import fsspec
 import pytest
-from fsspec import AbstractFileSystem
+from faulty_store import (
+    EXPECTED,
+    FaultyFileSystem,
+    cut,
+    flip,
+    folder_of,
+    hang,
+    litter,
+    read_all,
+    upload,
+)
 
 from mosaicbert.config.sections import DatasetConfig, StreamConfig
 from mosaicbert.data import download as download_module
-from mosaicbert.data.download import BusyError, only_one
-from mosaicbert.data.folders import open_folder, parse_bytes, streams_of
-from mosaicbert.data.mds import MDSWriter
-from mosaicbert.data.stream import ShardFolder, ShardSet
+from mosaicbert.data.folders import streams_of
+from mosaicbert.data.stream import ShardSet
 from mosaicbert.errors import ConfigError, DataError
 
 # Python 3.12 warns of every fork of a process with threads; what is forked here takes no locks.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-
-
-class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
-    """A store in memory that counts reads and, on request, fails them."""
-
-    protocol = "faulty"
-    cachable = False
-    files: ClassVar[dict[str, bytes]] = {}
-    reads: ClassVar[Counter[str]] = Counter()
-    faults: ClassVar[dict[str, list[Any]]] = {}
-
-    def cat_file(self, path: str, start: Any = None, end: Any = None, **kwargs: Any) -> bytes:
-        return self.answer(path)
-
-    def get_file(self, rpath: str, lpath: str, **kwargs: Any) -> None:
-        Path(lpath).write_bytes(self.answer(rpath))
-
-    def glob(self, path: str, maxdepth: Any = None, **kwargs: Any) -> list[str]:
-        return [name for name in self.files if fnmatch(name, self._strip_protocol(path))]
-
-    def answer(self, path: str) -> bytes:
-        name = path.rsplit("/", 1)[-1]
-        self.reads[name] += 1
-        if (content := self.files.get(self._strip_protocol(path))) is None:
-            raise FileNotFoundError(path)
-        faults = self.faults.get(name, [])
-        fault = faults.pop(0) if faults else None
-        if isinstance(fault, Exception):
-            raise fault
-        return fault(content) if fault else content
-
-
-def cut(content: bytes) -> bytes:
-    return content[: len(content) // 2]
-
-
-def flip(content: bytes) -> bytes:
-    return bytes([*content[:-1], content[-1] ^ 1])
-
-
-def hang(content: bytes) -> bytes:
-    time.sleep(3)
-    return content
 
 
 @pytest.fixture(autouse=True)
@@ -79,47 +38,6 @@ def _store(monkeypatch: pytest.MonkeyPatch) -> None:
     FaultyFileSystem.reads.clear()
     FaultyFileSystem.faults.clear()
     monkeypatch.setattr(download_module, "BACKOFF_SECONDS", 0.01)
-
-
-def upload(folder: Path, compression: str | None = None, num_samples: int = 40) -> str:
-    """A data set of five shards or so, in the store."""
-    with MDSWriter(
-        folder / "made", {"text": "str"}, size_limit=900, compression=compression
-    ) as writer:
-        for i in range(num_samples):
-            writer.write({"text": f"text number {i:04d} " + "x" * 60})
-    for path in (folder / "made").glob("[!.]*"):
-        FaultyFileSystem.files[f"bucket/data/train/{path.name}"] = path.read_bytes()
-    return "faulty://bucket/data"
-
-
-def folder_of(remote: str | None, local: Path | None, **settings: Any) -> ShardFolder:
-    config = DatasetConfig(
-        **{
-            "remote": remote,
-            "local": local and str(local),
-            "split": "train",
-            "download_timeout": 5.0,
-            **settings,
-        }
-    )
-    ((name, stream),) = streams_of(config).items()
-    return open_folder(config, name, stream)
-
-
-def read_all(shards: ShardSet) -> list[str]:
-    return [
-        shards.open(number)[i]["text"]
-        for number, info in enumerate(shards.infos)
-        for i in range(info.samples)
-    ]
-
-
-EXPECTED = [f"text number {i:04d} " + "x" * 60 for i in range(40)]
-
-
-def litter(folder: Path) -> list[str]:
-    return [path.name for path in folder.glob(".*")]
 
 
 @pytest.mark.parametrize("compression", [None, "zstd", "gz"])
@@ -315,181 +233,3 @@ def test_wrong_index(tmp_path: Path) -> None:
     index.write_text('{"version": 2, "shards": []}')
     with pytest.raises(DataError, match=r"index\.json"):
         folder_of(None, tmp_path / "made", split=None)
-
-
-# --- look-ahead and cache ------------------------------------------------------------------------
-
-
-def wait_until(condition: Any, seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return bool(condition())
-
-
-def test_focus_fetches_ahead_and_lets_go(tmp_path: Path) -> None:
-    remote = upload(tmp_path)
-    shards = ShardSet([folder_of(remote, tmp_path / "local")])
-    shards.open(0)
-    shards.focus([1, 2])
-    assert wait_until(lambda: len(list(tmp_path.glob("local/train/*.mds"))) == 3)
-    assert not shards._open
-    before = FaultyFileSystem.reads.copy()
-    shards.open(1)
-    shards.open(2)
-    assert FaultyFileSystem.reads == before
-    shards.close()
-    assert wait_until(lambda: not any(thread.is_alive() for thread in shards._threads))
-
-
-def test_errors_of_the_look_ahead_reach_the_reader(tmp_path: Path) -> None:
-    remote = upload(tmp_path)
-    FaultyFileSystem.faults |= {"shard.00001.mds": [flip] * 99}
-    shards = ShardSet([folder_of(remote, tmp_path / "local", download_retry=0)])
-    shards.focus([0, 1, 2, 3])
-    with pytest.raises(DataError, match=r"shard\.00001\.mds"):
-        read_all(shards)
-    shards.close()
-
-
-def test_cache_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    remote = upload(tmp_path)
-    folder = folder_of(remote, tmp_path / "local")
-    sizes = [info.raw_bytes for info in folder.shards]
-    limit = sizes[0] * 3
-    for _ in range(2):
-        shards = ShardSet([folder], limit)
-        found = []
-        for number, info in enumerate(shards.infos):
-            shards.focus([number])
-            found += [shards.open(number)[i]["text"] for i in range(info.samples)]
-            files = list(tmp_path.glob("local/train/*.mds"))
-            assert sum(path.stat().st_size for path in files) <= limit
-            assert tmp_path / "local" / "train" / info.raw_basename in files
-        assert found == EXPECTED
-        shards.close()
-    assert not caplog.records
-
-
-def test_shards_in_use_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    remote = upload(tmp_path)
-    folder = folder_of(remote, tmp_path / "local")
-    other = ShardSet([folder])  # as another process would
-    other.open(0)
-    shards = ShardSet([folder], folder.shards[0].raw_bytes * 2)
-    for number in range(1, len(shards.infos)):
-        shards.focus([number])
-        shards.open(number)
-    left = {path.name for path in tmp_path.glob("local/train/*.mds")}
-    assert left == {"shard.00000.mds", shards.infos[-1].raw_basename}
-    assert not caplog.records
-    shards.focus(range(len(shards.infos)))
-    assert read_all(shards) == EXPECTED  # all are in use: the limit gives way, with a warning
-    assert "cache_limit is too small" in caplog.text
-    shards.close()
-    other.close()
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [(None, None), (5, 5), ("500", 500), ("50gb", 50 * 10**9), ("1.5 MB", 1_500_000), ("2k", 2000)],
-)
-def test_sizes(text: Any, expected: int | None) -> None:
-    assert parse_bytes(text, "cache_limit") == expected
-
-
-def test_sizes_that_are_none() -> None:
-    with pytest.raises(ConfigError, match="cache_limit: '50 gib' is no size"):
-        parse_bytes("50 gib", "cache_limit")
-
-
-# --- several processes ---------------------------------------------------------------------------
-
-
-def _read_in_process(
-    remote: str, local: Path, log: Path, seconds: float, limit: int | None = None
-) -> None:
-    get = FaultyFileSystem.answer
-
-    def slow(self: FaultyFileSystem, path: str) -> bytes:
-        with log.open("a") as file:
-            file.write(path.rsplit("/", 1)[-1] + "\n")
-        time.sleep(seconds)
-        return get(self, path)
-
-    FaultyFileSystem.answer = slow  # type: ignore[method-assign]
-    shards = ShardSet([folder_of(remote, local)], limit)
-    for number in range(len(shards.infos)):
-        shards.focus(range(number, min(number + 3, len(shards.infos))))
-        info = shards.infos[number]
-        first = sum(one.samples for one in shards.infos[:number])
-        found = [shards.open(number)[i]["text"] for i in range(info.samples)]
-        assert found == EXPECTED[first : first + info.samples]
-    os._exit(0)
-
-
-def start_readers(count: int, *args: Any) -> list[Any]:
-    context = multiprocessing.get_context("fork")  # so that they see the store in memory
-    readers = [context.Process(target=_read_in_process, args=args) for _ in range(count)]
-    for reader in readers:
-        reader.start()
-    return readers
-
-
-def test_processes_share_a_folder(tmp_path: Path) -> None:
-    """One download of each shard, whoever comes first."""
-    log = tmp_path / "log"
-    for reader in start_readers(3, upload(tmp_path), tmp_path / "local", log, 0.02):
-        reader.join(60)
-        assert reader.exitcode == 0
-    counts = Counter(name for name in log.read_text().split() if name != "index.json")
-    assert set(counts.values()) == {1}
-    assert not litter(tmp_path / "local" / "train")
-
-
-@pytest.mark.parametrize("compression", [None, "zstd"])
-def test_processes_share_a_bounded_cache(tmp_path: Path, compression: str | None) -> None:
-    """Each evicts what the others may want next, and all get the right data."""
-    remote = upload(tmp_path, compression)
-    for reader in start_readers(3, remote, tmp_path / "local", tmp_path / "log", 0.0, 2500):
-        reader.join(60)
-        assert reader.exitcode == 0
-    assert not litter(tmp_path / "local" / "train")
-
-
-@pytest.mark.parametrize("compression", [None, "zstd"])
-def test_kill_9_at_any_moment(tmp_path: Path, compression: str | None) -> None:
-    remote = upload(tmp_path, compression)
-    generator = random.Random(5)
-    for _ in range(6):
-        readers = start_readers(2, remote, tmp_path / "local", tmp_path / "log", 0.02)
-        time.sleep(generator.uniform(0.0, 0.25))
-        for reader in readers:
-            reader.kill()
-            reader.join()
-    assert read_all(ShardSet([folder_of(remote, tmp_path / "local")])) == EXPECTED
-
-
-def test_locks(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    with only_one(path, 0) as is_alone:
-        assert is_alone
-        with pytest.raises(BusyError), only_one(path, 0):
-            pass
-        with only_one(path, 0.1) as second:
-            assert not second  # goes on without, in the end
-    entered: list[float] = []
-
-    def hold() -> None:
-        with only_one(path, 10):
-            entered.append(time.monotonic())
-            time.sleep(0.05)
-
-    threads = [threading.Thread(target=hold) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    entered.sort()
-    assert all(b - a >= 0.05 for a, b in itertools.pairwise(entered))
-    assert not litter(tmp_path)
