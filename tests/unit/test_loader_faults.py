@@ -1,5 +1,6 @@
 """The text loader on damaged, foreign and remote data."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,6 @@ def test_text_that_is_no_utf8(tmp_path: Path) -> None:
 
 
 def _without_hashes(index: str) -> str:
-    import json
-
     content = json.loads(index)
     for shard in content["shards"]:
         shard["raw_data"]["hashes"] = {}
@@ -121,3 +120,15 @@ def _die(epoch: int, start: int, end: int) -> list[Any]:
 
     os.kill(os.getpid(), signal.SIGKILL)
     return []
+
+
+def test_ids_of_another_vocabulary_are_refused(tmp_path: Path) -> None:
+    """In the folder and streamed from it: the note of the tokenizer comes along."""
+    rows = [{"input_ids": np.array([5, 6], np.uint16)}] * 10
+    data = write_set(tmp_path, rows, {"input_ids": "ndarray:uint16"})
+    note = {"tokenizer": "other", "vocabulary_sha256": "0" * 64}
+    (data / "train" / "tokenization.json").write_text(json.dumps(note))
+    with pytest.raises(DataError, match='tokenised with "other"'):
+        loader(data)
+    with pytest.raises(DataError, match='tokenised with "other"'):
+        loader(tmp_path / "cache", remote=f"file://{data}")

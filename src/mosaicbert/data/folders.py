@@ -7,8 +7,10 @@ from pathlib import Path
 import fsspec
 
 from mosaicbert.config.sections import DatasetConfig, StreamConfig
+from mosaicbert.data.convert_samples import TOKENIZATION
 from mosaicbert.data.download import Patience, read_bytes
 from mosaicbert.data.mds import INDEX, ShardInfo, parse_index, read_index, write_index
+from mosaicbert.data.mds_files import write_whole
 from mosaicbert.data.stream import ShardFolder
 from mosaicbert.errors import ConfigError, DataError, did_you_mean
 
@@ -61,6 +63,8 @@ def open_folder(config: DatasetConfig, name: str, stream: StreamConfig) -> Shard
         return ShardFolder(folder, None, tuple(read_index(folder / INDEX)), patience)
     uri = f"{remote.rstrip('/')}/{split}".rstrip("/")
     shards = _remote_index(uri, folder, patience)
+    if "text" not in shards[0].column_names:
+        _copy_tokenization(uri, folder, patience)
     return ShardFolder(folder, uri, tuple(shards), patience, bool(config.keep_zip))
 
 
@@ -92,6 +96,20 @@ def _remote_index(uri: str, folder: Path, patience: Patience) -> list[ShardInfo]
             "this one if nothing else reads it."
         )
     return shards
+
+
+def _copy_tokenization(uri: str, folder: Path, patience: Patience) -> None:
+    """The note of which tokenizer made the ids, where there is one."""
+    if (folder / TOKENIZATION).exists():
+        return
+    try:
+        content = read_bytes(f"{uri}/{TOKENIZATION}", patience)
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return  # a data set that another tool made
+        raise
+    with write_whole(folder / TOKENIZATION) as file:
+        file.write(content)
 
 
 def parse_bytes(text: int | str | None, key: str) -> int | None:
