@@ -32,6 +32,8 @@ STOP_SECONDS = 10.0
 KEPT_BYTES = 256 * 1024
 TRACEBACK = b"Traceback (most recent call last)"
 FOLLOWS_FROM_ANOTHER = b"lost contact with another rank"
+"""What `train.distributed` says of an exchange that failed."""
+_LIBC = ctypes.CDLL(None)
 
 
 class Child:
@@ -105,8 +107,9 @@ class Child:
 
 
 def _die_with_parent() -> None:
+    """Runs in the new process before its program does, so it must not load anything."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        _LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class Supervisor:
