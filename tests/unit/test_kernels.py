@@ -1,6 +1,5 @@
 """The Triton kernels in Triton's interpreter, on the CPU, against float64."""
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,12 +9,11 @@ from torch import Tensor
 
 if torch.cuda.is_available():
     pytest.skip("tests/gpu runs the kernels themselves", allow_module_level=True)
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported for the first time
 triton = pytest.importorskip("triton", reason="the kernels need triton")
 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
     pytest.skip("the interpreter of triton < 3.7 needs numpy < 2.4", allow_module_level=True)
 if not triton.knobs.runtime.interpret:
-    pytest.skip("TRITON_INTERPRET=0", allow_module_level=True)
+    pytest.skip("TRITON_INTERPRET is not 1 (tests/conftest.py sets it)", allow_module_level=True)
 
 from mosaicbert.models.kernels import attention as attention_module  # noqa: E402
 from mosaicbert.models.kernels import geglu as geglu_module  # noqa: E402

@@ -1,0 +1,8 @@
+"""Settings of the whole test run."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():  # the Triton kernels then run in Triton's interpreter, which
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # must be said before anybody imports triton
