@@ -337,14 +337,13 @@ class MosaicBertPredictions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(rows, hidden)` -> logits `(rows, padded_vocab)`; pad rows of the vocabulary: -inf."""
-        logits = F.linear(self.transform(x), self.decoder.weight, self.decoder.bias)
-        cap, vocab_size = self.config.logit_softcap, self.config.vocab_size
-        if cap is not None:  # Gemma Team 2024
-            logits = cap * torch.tanh(logits / cap)
-        if vocab_size < logits.shape[1]:
-            token = torch.arange(logits.shape[1], device=x.device)
-            logits = logits.masked_fill(token >= vocab_size, -torch.inf)
-        return logits
+        x, weight, bias = self.transform(x), self.decoder.weight, self.decoder.bias
+        padding = torch.arange(len(bias), device=bias.device) >= self.config.vocab_size
+        cap = self.config.logit_softcap
+        if cap is None:
+            return F.linear(x, weight, bias.masked_fill(padding, -torch.inf))
+        logits = cap * torch.tanh(F.linear(x, weight, bias) / cap)  # Gemma Team 2024
+        return logits.masked_fill(padding, -torch.inf)
 
 
 class MosaicBertMLMHead(nn.Module):
