@@ -301,6 +301,9 @@ def _drop_checkpoints(jobs: Sequence[GlueJob], done: Mapping[str, Any]) -> None:
                 store.rm(path, recursive=True)
         else:
             shutil.rmtree(folder, ignore_errors=True)
+            for parent in list(Path(folder).parents)[:2]:  # the task's, and the prefix
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
 
 
 def failure_text(failed: Sequence[Outcome]) -> str:
