@@ -256,9 +256,13 @@ class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
         self.cls.predictions.decoder = new_embeddings
 
     def head_loss(self, x: Tensor, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Head and loss on the masked rows only: `(loss_sum, logits (num_target_rows, vocab))`."""
+        """Head and loss on the masked rows only: `(loss_sum, logits (num_target_rows, vocab))`.
+
+        The logits are detached: as an output with a gradient, compiled code would fill one of
+        their size with zeros in every backward pass.
+        """
         logits = self.cls.predictions(x[positions])
-        return cross_entropy_sum(logits, labels), logits
+        return cross_entropy_sum(logits, labels), logits.detach()
 
     def loss(self, batch: Batch, return_logits: bool = False) -> LossOutput:
         """Summed cross-entropy of a packed batch's targets."""
