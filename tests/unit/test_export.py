@@ -56,13 +56,13 @@ def checkpoint(tmp_path):
         "run_name": "small",
         "optimizer": "muon",
         "progress": {"epoch": 1, "batch": 30, "sample": 960, "token": 61440, "seconds": 12.34},
-        "config": {"run_folder": str(tmp_path / "runs/{run_name}"), "optimizer": {"lr": 0.0005}},
+        "config": {"optimizer": {"lr": 0.0005}},
     }
     (folder / "state.json").write_text(json.dumps(state))
     (tmp_path / "runs/small").mkdir(parents=True)
     rows = [
         {"batch": 20, "loss/train/total": 5.5},
-        {"batch": 30, "loss/train/total": 4.25, "metrics/eval/loss": 4.125},
+        {"batch": 30, "token": 61440, "loss/train/total": 4.25, "metrics/eval/loss": 4.125},
         {"batch": 40, "loss/train/total": 9.9},
     ]
     text = "\n".join(map(json.dumps, rows))
@@ -91,7 +91,8 @@ def test_fill_mask(checkpoint, tmp_path, caplog):
     assert "not supported" not in caplog.text
 
 
-def test_the_card_has_the_run_s_numbers(checkpoint, tmp_path):
+def test_the_card_has_the_run_s_numbers(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     out = export_checkpoint(checkpoint[0], tmp_path / "out")
     card = (out / "README.md").read_text()
     assert "pipeline_tag: fill-mask" in card
@@ -105,6 +106,15 @@ def test_the_card_has_the_run_s_numbers(checkpoint, tmp_path):
     ):
         assert row in card
     assert "import mosaicbert" in card
+
+
+def test_the_card_tells_no_other_run_s_metrics(checkpoint, tmp_path):
+    metrics = tmp_path / "runs/small/metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("61440", "61441"))
+    out = export_checkpoint(checkpoint[0], tmp_path / "out", run_folder=tmp_path / "runs/small")
+    card = (out / "README.md").read_text()
+    assert "| batches | 30 |" in card
+    assert "loss/train" not in card
 
 
 def test_an_embedding_model(checkpoint, tmp_path):

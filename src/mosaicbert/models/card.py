@@ -26,13 +26,21 @@ _SETTINGS = (
 )
 
 
-def model_card(model: Any, task: str, folder: Path, name: str, to: str) -> str:
-    """Markdown with Hugging Face's header; the run's numbers where `folder` has a `state.json`."""
+def model_card(
+    model: Any, task: str, folder: Path, name: str, to: str, run_folder: Path | None
+) -> str:
+    """Markdown with Hugging Face's header.
+
+    The run's settings come from the checkpoint's `state.json`, its losses and metrics from
+    `run_folder`, by default `runs/RUN_NAME`; what is not there is left out.
+    """
     library = "sentence-transformers" if task == "embedding" and to == "hf" else "transformers"
     tags = ["mosaicbert", model.config.model_type.replace("_", "-"), *(["onnx"] * (to == "onnx"))]
     header = ["---", f"library_name: {library}", f"pipeline_tag: {_PIPELINES[task]}", "tags:"]
     header += [*(f"- {tag}" for tag in tags), "---", "", f"# {name}", ""]
-    return "\n".join(header + _shape(model, task) + _usage(model, task, name, to) + _run(folder))
+    return "\n".join(
+        header + _shape(model, task) + _usage(model, task, name, to) + _run(folder, run_folder)
+    )
 
 
 def _shape(model: Any, task: str) -> list[str]:
@@ -65,7 +73,7 @@ def _usage(model: Any, task: str, name: str, to: str) -> list[str]:
     return ["## Use", "", "```python", *lines, "```", ""]
 
 
-def _run(folder: Path) -> list[str]:
+def _run(folder: Path, run_folder: Path | None) -> list[str]:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -80,24 +88,30 @@ def _run(folder: Path) -> list[str]:
         "optimizer": state.get("optimizer"),
         "learning rate": config.get("optimizer", {}).get("lr"),
         **{key: config.get(key) for key in _SETTINGS},
-        **_metrics(config, state.get("run_name"), progress.get("batch", 0)),
+        **_metrics(run_folder or Path("runs", str(state.get("run_name"))), progress),
     }
     lines = [f"| {key} | {_number(value)} |" for key, value in rows.items() if value is not None]
     return ["## Training", "", "| | |", "|---|---|", *lines, ""]
 
 
-def _metrics(config: dict[str, Any], run_name: str | None, batch: int) -> dict[str, Any]:
-    """The last value of each loss and metric up to `batch`, from the run's folder if it is here."""
-    folder = (config.get("run_folder") or "").replace("{run_name}", run_name or "")
+def _metrics(run_folder: Path, progress: dict[str, Any]) -> dict[str, Any]:
+    """The last value of each loss and metric up to the checkpoint, from the run's own folder.
+
+    Nothing where the folder is not here, or is another run's: that one would not have seen as
+    many tokens at this batch.
+    """
+    batch, tokens = progress.get("batch"), progress.get("token")
     found: dict[str, Any] = {}
+    same_run = False
     try:
-        lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         for row in map(json.loads, lines):
-            if row.get("batch", 0) <= batch:
+            if row["batch"] <= batch:
                 found |= {k: v for k, v in row.items() if k.startswith(("loss/", "metrics/"))}
-    except (OSError, ValueError, AttributeError):
+                same_run |= (row["batch"], row.get("token")) == (batch, tokens)
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
-    return found
+    return found if same_run else {}
 
 
 def _number(value: Any) -> str:

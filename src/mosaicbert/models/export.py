@@ -40,6 +40,7 @@ def export_checkpoint(
     *,
     task: Task | None = None,
     tokenizer: str | None = None,
+    run_folder: str | Path | None = None,
     **config: Any,
 ) -> Path:
     """Write a checkpoint in another form; gives the folder.
@@ -52,6 +53,8 @@ def export_checkpoint(
             batch and length, checked against the model where onnxruntime is installed.
         task: which head. Default: the checkpoint's.
         tokenizer: folder or name. Default: the files in the checkpoint's folder.
+        run_folder: the run's own folder, whose losses and metrics the card shall tell.
+            Default: `runs/RUN_NAME`.
         config: changes of the configuration, for checkpoints that have none.
 
     Raises:
@@ -73,7 +76,8 @@ def export_checkpoint(
                 if task == "embedding":
                     _write_sentence_transformer(model, target)
             _write_tokenizer(folder, tokenizer, target)
-            card = model_card(model, task, folder, Path(out).name, to)
+            measured = None if run_folder is None else Path(run_folder)
+            card = model_card(model, task, folder, Path(out).name, to, measured)
             (target / "README.md").write_text(card, encoding="utf-8")
     return Path(out)
 
@@ -234,6 +238,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", default="hf", choices=["hf", "onnx"], help="form (default: hf)")
     parser.add_argument("--task", choices=TASKS, help="head (default: the checkpoint's)")
     parser.add_argument("--tokenizer", help="folder or name (default: the checkpoint's)")
+    parser.add_argument("--run_folder", help="the run's folder (default: runs/RUN_NAME)")
     parser.add_argument("--num_attention_heads", type=int, help="for a bare state dict")
 
 
@@ -243,7 +248,13 @@ def main(args: argparse.Namespace) -> int:
     if args.num_attention_heads is not None:
         changes["num_attention_heads"] = args.num_attention_heads
     out = export_checkpoint(
-        args.checkpoint, args.out, args.to, task=args.task, tokenizer=args.tokenizer, **changes
+        args.checkpoint,
+        args.out,
+        args.to,
+        task=args.task,
+        tokenizer=args.tokenizer,
+        run_folder=args.run_folder,
+        **changes,
     )
     for file in sorted(path for path in out.rglob("*") if path.is_file()):
         print(f"  {file}  {file.stat().st_size:,} bytes")
