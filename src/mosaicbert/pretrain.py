@@ -31,13 +31,14 @@ def _pretrain(config: PretrainConfig) -> TrainResult:
     ranks = run.start(config)
     try:
         tokenizer = load_tokenizer(config.tokenizer_name)
-        model = build_model(
+        model: Any = build_model(
             config.model,
             "mlm",
             algorithms=config.algorithms,
             max_seq_len=config.max_seq_len,
             vocab_size=len(tokenizer),
         )
+        model.mlm_share = _mean_mask_rate(config)  # counts the head's FLOPs
         if config.load_path and config.load_weights_only:
             load_weights(model, config.load_path)
         shape: dict[str, Any] = {
@@ -76,6 +77,12 @@ def _pretrain(config: PretrainConfig) -> TrainResult:
         )
     finally:
         ranks.close()
+
+
+def _mean_mask_rate(config: PretrainConfig) -> float:
+    rate = config.train_loader.dataset.mlm_probability
+    rate = config.mlm_probability if rate is None else rate
+    return sum(rate) / len(rate) if isinstance(rate, list) else rate
 
 
 def _total_samples(config: PretrainConfig) -> int | None:

@@ -113,6 +113,9 @@ def test_build_loggers_writes_config_and_environment_without_secrets(tmp_path):
     config = {"run_name": "x", "loggers": {"comet_ml": {"api_key": "hush"}}, "tokenizer_name": "t"}
     loggers = build_loggers(None, tmp_path / "runs" / "x", "x", config, rank=0)
     assert len(loggers) == 1
+    assert not (tmp_path / "runs").exists()  # before the run starts
+    loggers[0].start(Progress())
+    loggers[0].close()
     text = (tmp_path / "runs/x/config.yaml").read_text()
     assert "hush" not in text
     assert yaml.safe_load(text)["tokenizer_name"] == "t"
@@ -125,8 +128,9 @@ def test_build_loggers_writes_config_and_environment_without_secrets(tmp_path):
 
 def test_a_run_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
+    (logger,) = build_loggers(None, tmp_path / "file" / "run", "x", {}, rank=0)
     with pytest.raises(DataError, match="run_folder"):
-        build_loggers(None, tmp_path / "file" / "run", "x", {}, rank=0)
+        logger.start(Progress())
 
 
 @pytest.mark.parametrize(
@@ -156,7 +160,9 @@ def test_passwords_in_uris_are_hidden():
 
 def test_secrets_on_the_command_line_are_hidden(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "x.yaml", "loggers.wandb.api_key=hush", "seed=1"])
-    build_loggers(None, tmp_path, "x", {}, rank=0)
+    (logger,) = build_loggers(None, tmp_path, "x", {}, rank=0)
+    logger.start(Progress())
+    logger.close()
     command = json.loads((tmp_path / "environment.json").read_text())["command"]
     assert command == ["main.py", "x.yaml", f"loggers.wandb.api_key={REDACTED}", "seed=1"]
 

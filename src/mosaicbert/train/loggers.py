@@ -36,33 +36,19 @@ def build_loggers(
     config_dict: Mapping[str, Any],
     rank: int,
 ) -> list[Logger]:
-    """The loggers of a run; rank 0 alone has any. Writes `config.yaml` and `environment.json`.
+    """The loggers of a run; rank 0 alone has any. Nothing is written before the run starts.
 
     `config_dict`: the whole configuration; what looks like a secret is blanked out here.
 
     Raises:
         ConfigError: a tracker's package is missing, or a setting of it is unknown.
-        DataError: the run folder cannot be written.
     """
     if rank != 0:
         return []
     safe_config = redact(config_dict)
     folder = None if run_folder is None else Path(run_folder)
-    loggers: list[Logger] = []
     opened = trackers.build_trackers(config, trackers.Run(run_name, folder, safe_config))
-    if folder is not None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(safe_config, sort_keys=False, allow_unicode=True)
-            write_whole(folder / "config.yaml", text)
-            environment = json.dumps(describe_environment(), indent=2)
-            write_whole(folder / "environment.json", environment + "\n")
-        except OSError as error:
-            raise DataError(
-                f"run_folder: {folder} cannot be written ({error.strerror}). Name another folder, "
-                "or null for none."
-            ) from None
-        loggers.append(RunFolderLogger(folder))
+    loggers: list[Logger] = [] if folder is None else [RunFolderLogger(folder, safe_config)]
     loggers += [Background(name, open_tracker) for name, open_tracker in opened.items()]
     return loggers
 
@@ -77,13 +63,17 @@ def write_whole(path: Path, text: str) -> None:
 class RunFolderLogger:
     """Appends each row to `metrics.jsonl` and `metrics.csv`, flushed at once.
 
+    When the run starts it writes `config.yaml` (of `config`) and `environment.json`.
+
     A row is the progress (`epoch batch sample token seconds`) and the metrics; NaN and infinities
     are null (JSON) or empty (CSV). When a resumed run starts, rows beyond its starting point go, so
     that no step stands twice; a run that starts anew keeps the earlier rows as
     `metrics.previous.jsonl`. New metrics give the CSV new columns: it is rewritten from the JSONL.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any] | None = None) -> None:
+        self.folder = folder
+        self.config = dict(config or {})
         self.jsonl = folder / "metrics.jsonl"
         self.csv = folder / "metrics.csv"
         self._jsonl_file: TextIO | None = None
@@ -91,7 +81,12 @@ class RunFolderLogger:
         self._columns: dict[str, None] = {}
 
     def start(self, progress: Progress) -> None:
-        """Say where the run starts, before the first row; without it the first row tells."""
+        """Say where the run starts, before the first row; without it the first row tells.
+
+        Raises:
+            DataError: the run folder cannot be written.
+        """
+        self._describe_run()
         if progress.batch == 0 and self.jsonl.exists():
             os.replace(self.jsonl, self.jsonl.with_name("metrics.previous.jsonl"))
         kept = [row for row in read_rows(self.jsonl) if row["batch"] <= progress.batch]
@@ -99,6 +94,19 @@ class RunFolderLogger:
         self._columns = dict.fromkeys(name for row in kept for name in row)
         self._jsonl_file = self.jsonl.open("a", encoding="utf-8")
         self._rewrite_csv(kept)
+
+    def _describe_run(self) -> None:
+        text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+        environment = json.dumps(describe_environment(), indent=2)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / "config.yaml", text)
+            write_whole(self.folder / "environment.json", environment + "\n")
+        except OSError as error:
+            raise DataError(
+                f"run_folder: {self.folder} cannot be written ({error.strerror}). Name another "
+                "folder, or null for none."
+            ) from None
 
     def log(self, metrics: Mapping[str, float], progress: Progress) -> None:
         """Append one row."""

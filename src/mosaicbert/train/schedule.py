@@ -34,7 +34,7 @@ def lr_factor(
         return 1.0
     if config.name == "warmup_stable_decay":
         decay = _share(Duration.parse(config.t_decay), progress, total, batches_per_epoch)
-        x = max(done - (1 - decay), 0.0) / decay if decay else 0.0
+        x = min(max(done - (1 - decay), 0.0) / decay, 1.0) if decay else 0.0
         shape = 1 - math.sqrt(x) if config.decay_shape == "1-sqrt" else 1 - x
     else:
         x = (done - warmup) / (1 - warmup) if warmup < 1 else 1.0
