@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mosaicbert.clusters import add_arguments, kind_of, main, render
 from mosaicbert.errors import ConfigError
+from mosaicbert.launch.clusters import add_arguments, kind_of, main, render
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "clusters"
 EXAMPLES = Path(__file__).parents[2] / "yamls" / "cluster"

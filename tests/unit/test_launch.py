@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mosaicbert.errors import ConfigError
-from mosaicbert.launch import (
+from mosaicbert.launch.processes import (
     NodeShare,
     add_launch_arguments,
     decide,
@@ -17,7 +17,7 @@ from mosaicbert.launch import (
     free_port,
     launch,
 )
-from mosaicbert.supervisor import supervise
+from mosaicbert.launch.supervisor import supervise
 
 SRC = str(Path(__file__).parents[2] / "src")
 
@@ -141,8 +141,8 @@ def start(script, nproc=2, node_rank=0, num_nodes=1, port=1):
     parent = f"""
 import os, sys
 from mosaicbert.cli import guarded
-from mosaicbert.launch import NodeShare
-from mosaicbert.supervisor import supervise
+from mosaicbert.launch.processes import NodeShare
+from mosaicbert.launch.supervisor import supervise
 share = NodeShare({nproc}, {nproc * num_nodes}, {node_rank}, "127.0.0.1", {port})
 command = [sys.executable, "-S", "-c", {script!r}]
 environments = share.environments(os.environ)

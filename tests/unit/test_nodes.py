@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from mosaicbert.launch import free_port
-from mosaicbert.nodes import NodeWatch
+from mosaicbert.launch.nodes import NodeWatch
+from mosaicbert.launch.processes import free_port
 
 
 @pytest.fixture

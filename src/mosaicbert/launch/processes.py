@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from mosaicbert.errors import ConfigError
-from mosaicbert.supervisor import supervise
+from mosaicbert.launch.supervisor import supervise
 
 DEFAULT_PORT = 29500
 GROUP_FLAGS = ("world_size", "node_rank", "master_addr", "master_port")

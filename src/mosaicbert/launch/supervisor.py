@@ -20,7 +20,7 @@ from types import FrameType
 from typing import IO
 
 from mosaicbert.errors import TrainingError
-from mosaicbert.nodes import NodeWatch
+from mosaicbert.launch.nodes import NodeWatch
 
 POLL_SECONDS = 0.02
 STDERR_DELAY_SECONDS = 0.3

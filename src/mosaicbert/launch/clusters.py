@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from mosaicbert.cluster_files import RENDERERS, ClusterJob
 from mosaicbert.config import ClassifyConfig, GlueConfig, PretrainConfig, load_config
 from mosaicbert.errors import ConfigError, did_you_mean
+from mosaicbert.launch.cluster_files import RENDERERS, ClusterJob
 
 log = logging.getLogger(__name__)
 
