@@ -22,6 +22,9 @@ TEST_YAML = ROOT / "yamls/test/main.yaml"
 OURS = [
     *((PretrainConfig, path) for path in sorted(ROOT.glob("yamls/main/*uncased.yaml"))),
     (PretrainConfig, TEST_YAML),
+    (PretrainConfig, ROOT / "tests/golden/original/pretrain.yaml"),
+    (ClassifyConfig, ROOT / "tests/golden/original/sequence_classification.yaml"),
+    (GlueConfig, ROOT / "tests/golden/original/glue.yaml"),
     (ClassifyConfig, ROOT / "yamls/test/sequence_classification.yaml"),
     *((ClassifyConfig, path) for path in sorted(ROOT.glob("yamls/finetuning/*uncased.yaml"))),
     (GlueConfig, ROOT / "yamls/test/glue.yaml"),
@@ -30,11 +33,16 @@ OURS = [
 
 
 @pytest.mark.parametrize(("schema", "path"), OURS, ids=lambda v: getattr(v, "name", ""))
-def test_our_yamls_load_and_dump_and_load_again(schema, path, tmp_path):
+def test_yamls_of_ours_and_the_originals_load_and_dump_and_load_again(schema, path, tmp_path):
     config = load_config(schema, path)
     again = tmp_path / "again.yaml"
     again.write_text(dump_config(config))
     assert load_config(schema, again) == config
+
+
+def test_a_task_without_settings_is_a_task():
+    config = load_config(GlueConfig, ROOT / "tests/golden/original/glue.yaml")
+    assert list(config.tasks) == ["mnli", "rte", "qqp", "cola"]
 
 
 def test_main_recipe_has_the_published_values():

@@ -102,9 +102,15 @@ def _dot_list(overrides: Sequence[str]) -> DictConfig:
 
 
 def _without_nulls(values: Any) -> Any:
-    """Leave out null values: in the original's templates they mean 'not given'."""
+    """Leave out null values: in the original's templates they mean 'not given'.
+
+    A task of GLUE without settings (`rte:`) is null too, and stays.
+    """
     if not isinstance(values, dict):
         return values
+    if isinstance(values.get("tasks"), dict):
+        tasks = {name: task or {} for name, task in values["tasks"].items()}
+        values = {**values, "tasks": tasks}
     return {
         key: value if key in _FREE_FORM else _without_nulls(value)
         for key, value in values.items()
