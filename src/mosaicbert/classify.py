@@ -1,31 +1,81 @@
 """Fine-tuning on one task of labelled texts: a YAML and data in, a classifier out."""
 
 import argparse
+import logging
+import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from mosaicbert import run
+from mosaicbert.batch import IGNORE_INDEX, Batch, LossOutput
 from mosaicbert.cli import guarded, parse
 from mosaicbert.config import ClassifyConfig, load_config
 from mosaicbert.data.classification import build_classification_loader
-from mosaicbert.data.examples import Examples, read_examples, sample_examples
+from mosaicbert.data.examples import (
+    Examples,
+    class_weights,
+    folds,
+    read_examples,
+    read_training,
+    sample_examples,
+)
 from mosaicbert.data.tokenizers import load_tokenizer
+from mosaicbert.data.tokens import TokenExamples, read_sentences, read_token_examples
 from mosaicbert.errors import ConfigError
 from mosaicbert.launch import add_launch_arguments, launch
 from mosaicbert.models.build import build_model, is_packed
 from mosaicbert.models.checkpoints import load_weights
+from mosaicbert.models.register import Task
+from mosaicbert.predict.predictor import Predictor
+from mosaicbert.predict.review import review
+from mosaicbert.train.best import Best
 from mosaicbert.train.distributed import Ranks
-from mosaicbert.train.metrics import MetricFactory, classification_metric, regression_metric
+from mosaicbert.train.metrics import (
+    MetricFactory,
+    classification_metric,
+    multilabel_metric,
+    regression_metric,
+    token_metric,
+)
 from mosaicbert.train.record import Logger, TrainResult
 
+log = logging.getLogger(__name__)
+
+Labelled = Examples | TokenExamples
 DataHook = Callable[[str], Examples]
 """`split -> Examples`: where the data come from when the YAML has no `data` section."""
 
-DEFAULT_METRICS = {
-    "classification": ("accuracy", "f1"),
-    "regression": ("spearman", "pearson"),
-    "multilabel": ("f1",),
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a kind of labels needs: a head, a loss, scores."""
+
+    task: Task
+    problem_type: str | None
+    metric: Callable[..., MetricFactory]
+    scores: tuple[str, ...]
+
+
+KINDS = {
+    "classification": Kind(
+        "classification", "single_label_classification", classification_metric, ("accuracy", "f1")
+    ),
+    "multilabel": Kind(
+        "classification", "multi_label_classification", multilabel_metric, ("micro_f1", "macro_f1")
+    ),
+    "regression": Kind(
+        "classification", "regression", regression_metric, ("spearman", "pearson", "mse")
+    ),
+    "token_classification": Kind(
+        "token-classification", None, token_metric, ("entity_f1", "accuracy")
+    ),
 }
 
 
@@ -40,63 +90,112 @@ def classify(
         ConfigError, DataError, CheckpointError: for what the user can mend.
         TrainingError: the run cannot go on.
     """
-    return _classify(load_config(ClassifyConfig, source, overrides), build_data)
+    config = load_config(ClassifyConfig, source, overrides)
+    if config.data is not None and config.data.folds is not None:
+        raise ConfigError("data.folds makes several runs: call cross_validate, or leave it out.")
+    return _classify(config, build_data)[0]
 
 
-def _classify(config: ClassifyConfig, build_data: DataHook) -> TrainResult:
-    if config.data is not None:
-        train, validation = read_examples(
-            config.data, num_labels=config.model.num_labels, seed=config.seed
-        )
-    else:
-        train = build_data(config.train_loader.split)
-        validation = build_data(config.eval_loader.split)
+def cross_validate(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> list[TrainResult]:
+    """The runs of `data.folds`, one after the other. Raises what `classify` does."""
+    return _classify(load_config(ClassifyConfig, source, overrides), sample_examples)
+
+
+def _classify(config: ClassifyConfig, build_data: DataHook) -> list[TrainResult]:
+    parts = read_data(config, build_data)
     ranks = run.start(config)
     try:
-        return finetune(config, train, {"eval": validation}, ranks=ranks)
+        if len(parts) == 1:
+            return [_finetune_and_review(config, *parts[0], ranks)]
+        results = []
+        for number, (train, validation) in enumerate(parts, 1):
+            log.info("Fold %d of %d.", number, len(parts))
+            named = config.model_copy(update={"run_name": f"{config.run_name}-fold{number}"})
+            results.append(_finetune_and_review(named, train, validation, ranks))
+        return results
     finally:
         ranks.close()
 
 
+def read_data(config: ClassifyConfig, build_data: DataHook) -> list[tuple[Labelled, Labelled]]:
+    """Pairs (train, validation): one, or one for each of `data.folds`.
+
+    Raises:
+        ConfigError, DataError: what is wrong with keys or files.
+    """
+    data, num_labels, seed = config.data, config.model.num_labels, config.seed
+    if data is None:
+        return [(build_data(config.train_loader.split), build_data(config.eval_loader.split))]
+    of_tokens = data.task == "token_classification"
+    if data.folds is None:
+        read = read_token_examples if of_tokens else read_examples
+        return [read(data, num_labels=num_labels, seed=seed)]
+    if data.validation is not None:
+        raise ConfigError(
+            f"data.folds: {data.folds} validates on parts of data.train, so data.validation "
+            f"({data.validation}) would not be used. Leave one of the two keys out."
+        )
+    for key in ("run_folder", "save_folder"):
+        folder = getattr(config, key)
+        if folder is not None and "{run_name}" not in folder:
+            raise ConfigError(f"{key}: {folder} must have {{run_name}} in it, to tell folds apart.")
+    if of_tokens:
+        return list(folds(read_sentences(data, num_labels=num_labels), data.folds, seed))
+    return list(folds(read_training(data, num_labels=num_labels), data.folds, seed))
+
+
+def _finetune_and_review(
+    config: ClassifyConfig, train: Labelled, validation: Labelled, ranks: Ranks
+) -> TrainResult:
+    def after(predictor: Predictor) -> None:
+        if config.run_folder is None:
+            return
+        limit = len(validation)
+        if config.eval_subset_num_batches not in (None, -1):
+            batch = config.device_eval_batch_size * ranks.world_size
+            limit = min(limit, config.eval_subset_num_batches * batch)
+        folder = Path(config.run_folder.replace("{run_name}", config.run_name))
+        review(folder, validation.take(range(limit)), predictor, ranks)
+
+    return finetune(config, train, {"eval": validation}, ranks=ranks, after=after)
+
+
 def finetune(
     config: ClassifyConfig,
-    train: Examples,
-    validation: Mapping[str, Examples],
+    train: Labelled,
+    validation: Mapping[str, Labelled],
     *,
     ranks: Ranks,
     metrics: Sequence[str] = (),
     new_head: bool = False,
     more_loggers: Sequence[Logger] = (),
+    after: Callable[[Predictor], None] | None = None,
 ) -> TrainResult:
     """Fine-tune on examples and evaluate on each set of `validation`.
 
     Args:
-        metrics: names of the metrics; default: those of the kind of labels.
+        metrics: names of the metrics; default: the configuration's, or those of the kind of labels.
         new_head: leave the classifier of `load_path` out, as when it is another task's.
+        after: called with the model that the run ended with (`keep`).
     """
-    num_labels = config.model.num_labels or train.num_labels
-    if num_labels != train.num_labels:
-        raise ConfigError(
-            f"model.num_labels is {num_labels}, but the data have {train.num_labels}. "
-            "Leave the key out to take it from the data."
-        )
+    kind = KINDS[train.kind]
+    scores = tuple(metrics or config.metrics) or kind.scores
+    if isinstance(train, TokenExamples):
+        factory = kind.metric(scores, train.label_names)
+    else:
+        factory = kind.metric(scores)
+    best = _best(config, scores, next(iter(validation)))
     tokenizer = load_tokenizer(config.tokenizer_name)
-    model: Any = build_model(
-        config.model,
-        "classification",
-        num_labels=num_labels,
-        problem_type=_PROBLEM_TYPES[train.kind],
-        algorithms=config.algorithms,
-        max_seq_len=config.max_seq_len,
-        vocab_size=len(tokenizer),
-    )
-    if train.label_names:
-        model.config.id2label = dict(enumerate(train.label_names))
-        model.config.label2id = {name: index for index, name in enumerate(train.label_names)}
+    tokenizer.model_max_length = config.max_seq_len  # what `predict` cuts texts to
+    model = _model(config, train, len(tokenizer))
     if config.load_path:
         load_weights(model, config.load_path, new_head=new_head)
+    if config.class_weights is not None:
+        weigh_classes(model, _weights(train))
 
-    def loader(examples: Examples, training: bool) -> Any:
+    def loader(examples: Labelled, training: bool) -> Any:
         settings = config.train_loader if training else config.eval_loader
         device_samples = (
             run.microbatch_samples(config, ranks, config.max_seq_len)
@@ -121,8 +220,7 @@ def finetune(
             seed=config.seed,
         )
 
-    factory = _metric(train, tuple(metrics) or DEFAULT_METRICS[train.kind])
-    return run.train(
+    result = run.train(
         model,
         loader(train, True),
         {name: (loader(part, False), factory) for name, part in validation.items()},
@@ -130,20 +228,101 @@ def finetune(
         ranks=ranks,
         tokenizer=tokenizer,
         more_loggers=more_loggers,
+        best=best,
     )
+    if best is not None:
+        log.info("Best evaluation: %s.", best.summary())
+    if after is not None:
+        if best is not None and best.keep and result.checkpoint:
+            checkpoint = result.checkpoint
+            ranks.from_first(lambda: load_weights(model, checkpoint))
+            ranks.broadcast_(list(model.state_dict().values()))
+        compiled = run.wants_compile(config, ranks)  # other shapes here, run once: not worth it
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            after(Predictor(model, kind.task, tokenizer, config.max_seq_len))
+    return result
 
 
-_PROBLEM_TYPES = {
-    "classification": "single_label_classification",
-    "regression": "regression",
-    "multilabel": "multi_label_classification",
-}
+def _model(config: ClassifyConfig, train: Labelled, vocab_size: int) -> nn.Module:
+    kind, num_labels = KINDS[train.kind], config.model.num_labels or train.num_labels
+    if num_labels != train.num_labels:
+        raise ConfigError(
+            f"model.num_labels is {num_labels}, but the data have {train.num_labels}. "
+            "Leave the key out to take it from the data."
+        )
+    model: Any = build_model(
+        config.model,
+        kind.task,
+        num_labels=num_labels,
+        problem_type=kind.problem_type,
+        algorithms=config.algorithms,
+        max_seq_len=config.max_seq_len,
+        vocab_size=vocab_size,
+    )
+    if train.label_names:
+        model.config.id2label = dict(enumerate(train.label_names))
+        model.config.label2id = {name: index for index, name in enumerate(train.label_names)}
+    return model  # type: ignore[no-any-return]
 
 
-def _metric(examples: Examples, names: tuple[str, ...]) -> MetricFactory:
-    if examples.kind == "regression":
-        return regression_metric(names)
-    return classification_metric(names)
+def _best(config: ClassifyConfig, scores: Sequence[str], evaluation: str) -> Best | None:
+    """What `keep`, `early_stopping` and `best_metric` ask for."""
+    if config.keep == "last" and config.early_stopping is None:
+        if config.best_metric is not None:
+            raise ConfigError("best_metric is used by keep: best and early_stopping; set one.")
+        return None
+    metric = config.best_metric or scores[0]
+    if metric not in ("loss", *scores):
+        raise ConfigError(
+            f"best_metric: {metric} is not measured. Choose loss, {', '.join(scores)}, or add it "
+            "to metrics."
+        )
+    if config.keep == "best" and (
+        config.save_folder is None or config.save_num_checkpoints_to_keep == 0
+    ):
+        raise ConfigError(
+            "keep: best needs a save_folder for checkpoints (and save_num_checkpoints_to_keep "
+            "above 0, or -1 for all)."
+        )
+    return Best(f"metrics/{evaluation}/{metric}", config.keep == "best", config.early_stopping)
+
+
+# --- class weights --------------------------------------------------------------------------------
+
+
+def _weights(train: Labelled) -> Tensor:
+    if train.kind != "classification":
+        raise ConfigError(f"class_weights: balanced is for classification, not {train.kind}.")
+    return torch.from_numpy(class_weights(train))
+
+
+def weigh_classes(model: nn.Module, weights: Tensor) -> None:
+    """Weigh each class in the training loss; evaluations give the plain loss.
+
+    `weights (num_labels,)` with a mean of 1 over the training samples, so that the scale of the
+    loss stays as it is.
+    """
+    trained: Any = model
+    plain = trained.loss
+
+    def loss(batch: Batch, return_logits: bool = False) -> LossOutput:
+        if not model.training:
+            return plain(batch, return_logits)  # type: ignore[no-any-return]
+        output: LossOutput = plain(batch, return_logits=True)
+        assert output.logits is not None
+        loss_sum = F.cross_entropy(
+            output.logits.float(),
+            batch.labels,
+            weights.to(output.logits.device),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+        )
+        return replace(output, loss_sum=loss_sum)
+
+    trained.loss = loss
+
+
+# --- command --------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,11 +337,24 @@ def main(args: argparse.Namespace, build_data: DataHook = sample_examples) -> in
     config = load_config(ClassifyConfig, args.config, args.overrides)
 
     def job() -> int:
-        result = _classify(config, build_data)
-        run.print_result(result, f"{config.run_name}: fine-tuned")
+        results = _classify(config, build_data)
+        for number, result in enumerate(results, 1):
+            fold = f", fold {number}" if len(results) > 1 else ""
+            run.print_result(result, f"{config.run_name}: fine-tuned{fold}")
+        if len(results) > 1:
+            print_folds(results)
         return 0
 
     return launch(args, job, device=config.device)
+
+
+def print_folds(results: Sequence[TrainResult]) -> None:
+    """Mean and standard deviation (of a sample) of each metric over the folds."""
+    width = max(map(len, results[0].metrics))
+    print(f"{len(results)} folds: mean and standard deviation")
+    for name in sorted(results[0].metrics):
+        values = [result.metrics[name] for result in results]
+        print(f"  {name:<{width}}  {statistics.fmean(values):.4f}  {statistics.stdev(values):.4f}")
 
 
 def command(words: Sequence[str], build_data: DataHook) -> int:

@@ -29,7 +29,7 @@ COMMANDS = {
     "classify": Command("fine-tuning on one task from a YAML", "mosaicbert.classify"),
     "glue": Command("fine-tuning on all of GLUE from a YAML", "mosaicbert.glue.jobs"),
     "bench": Command("how fast a YAML's training step is here", "mosaicbert.bench"),
-    "predict": Command("what a model says of each row of a file", "mosaicbert.predict"),
+    "predict": Command("what a model says of each row of a file", "mosaicbert.predict.files"),
     "export": Command("a checkpoint to Hugging Face or ONNX", "mosaicbert.models.export"),
     "launch": Command("a cluster file from a YAML", "mosaicbert.launch.clusters"),
     "config": Command("show or check a YAML", "mosaicbert.config.command"),

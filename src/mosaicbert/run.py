@@ -14,6 +14,7 @@ from mosaicbert.config import TrainerConfig
 from mosaicbert.duration import Duration
 from mosaicbert.errors import ConfigError
 from mosaicbert.models.build import compile_model
+from mosaicbert.train.best import Best
 from mosaicbert.train.console import build_console
 from mosaicbert.train.distributed import Ranks, init_ranks
 from mosaicbert.train.loggers import build_loggers
@@ -78,6 +79,7 @@ def train(
     ranks: Ranks,
     tokenizer: PreTrainedTokenizerBase,
     more_loggers: Sequence[Logger] = (),
+    best: Best | None = None,
 ) -> TrainResult:
     """Train `model` as `config` says; everything but the model and the data is made here."""
     trained: Any = model
@@ -100,6 +102,7 @@ def train(
         loggers=[*_loggers(config, total, train_loader, ranks), *more_loggers],
         monitors=monitors,
         write_assets=_asset_writer(trained, tokenizer),
+        best=best,
     )
     return trainer.fit()
 

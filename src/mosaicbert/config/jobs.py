@@ -125,6 +125,8 @@ class OwnDataConfig(Strict):
     )
     """What to predict. Default: multi-label for several labels a row, regression where
     `model.num_labels` is 1, else classification."""
+    folds: int | None = Field(default=None, ge=2)
+    """Train so many times, each time validating on another part of `train` (cross-validation)."""
 
 
 class ClassifyConfig(TrainerConfig):
@@ -138,6 +140,16 @@ class ClassifyConfig(TrainerConfig):
     """Architecture and weights."""
     data: OwnDataConfig | None = None
     """Your own data. Default: what `build_my_data` in `sequence_classification.py` gives."""
+    metrics: list[str] = Field(default_factory=list)
+    """Scores of the validation data, such as `[accuracy, macro_f1]`. Default: by kind of labels."""
+    best_metric: str | None = None
+    """What `keep` and `early_stopping` go by, such as `loss`. Default: the first of `metrics`."""
+    keep: Literal["last", "best"] = "last"
+    """Whose scores and checkpoint a run ends with: the last evaluation's or the best one's."""
+    early_stopping: PositiveInt | None = None
+    """End the run after so many evaluations in a row that were no better."""
+    class_weights: Literal["balanced"] | None = None
+    """`balanced`: rare classes weigh more, so that all count alike in the training loss."""
     train_loader: TaskLoaderConfig
     """Training part."""
     eval_loader: TaskLoaderConfig

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +20,13 @@ from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 from mosaicbert.config.jobs import OwnDataConfig
 from mosaicbert.data.sample import classification_file
 from mosaicbert.data.tables import read_table
+from mosaicbert.data.tokens import TokenExamples
 from mosaicbert.errors import ConfigError, DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["classification", "regression", "multilabel"]
+Labelled = TypeVar("Labelled", "Examples", TokenExamples)
 _YES_NO = {"1": 1.0, "true": 1.0, "0": 0.0, "false": 0.0}
 
 
@@ -71,26 +73,30 @@ def read_examples(
         DataError: what is wrong with a file, and in which rows.
         ConfigError: the keys of `data` do not fit one another, or the data.
     """
-    train_path: str | Path = config.train
+    train = read_training(config, num_labels=num_labels)
     validation_path: str | Path | None = config.validation
     if config.train == "sample":
-        train_path = classification_file("train")
         validation_path = config.validation or classification_file("validation")
-    part = _read_part(train_path, config)
+    if validation_path is None:
+        train, validation = split_examples(train, config.validation_fraction, seed)
+    else:
+        validation = _encode(_read_part(validation_path, config), train.kind, train.label_names)
+    _warn_of_leaks(train, validation)
+    return train, validation
+
+
+def read_training(config: OwnDataConfig, *, num_labels: int | None = None) -> Examples:
+    """The whole training file. Raises what `read_examples` does."""
+    path = classification_file("train") if config.train == "sample" else config.train
+    part = _read_part(path, config)
     kind = _kind_of(config, num_labels, part)
     names = _learn_names(part, config, kind)
     if num_labels is not None and num_labels != (1 if names is None else len(names)):
         raise ConfigError(
-            f"model.num_labels is {num_labels}, but {train_path} has {len(names or ' ')} "
+            f"model.num_labels is {num_labels}, but {path} has {len(names or ' ')} "
             f"({', '.join(names or (kind,))}). Leave the key out: the number is learned."
         )
-    train = _encode(part, kind, names)
-    if validation_path is None:
-        train, validation = split_examples(train, config.validation_fraction, seed)
-    else:
-        validation = _encode(_read_part(validation_path, config), kind, names)
-    _warn_of_leaks(train, validation)
-    return train, validation
+    return _encode(part, kind, names)
 
 
 def sample_examples(split: str) -> Examples:
@@ -130,21 +136,22 @@ def split_examples(examples: Examples, fraction: float, seed: int) -> tuple[Exam
     return examples.take(np.sort(train_rows)), examples.take(np.sort(validation_rows))
 
 
-def folds(examples: Examples, num_folds: int, seed: int) -> Iterator[tuple[Examples, Examples]]:
+def folds(examples: Labelled, num_folds: int, seed: int) -> Iterator[tuple[Labelled, Labelled]]:
     """`num_folds` pairs (train, validation); each example is validated on exactly once.
 
     Raises:
         DataError: a class has fewer examples than there are folds.
     """
-    by_class = examples.kind == "classification"
-    counts = np.bincount(examples.labels.astype(np.int64)) if by_class else [len(examples)]
+    classes = examples.labels if examples.kind == "classification" else None
+    counts = [len(examples)] if classes is None else np.bincount(classes.astype(np.int64))
     if min(counts) < num_folds or num_folds < 2:
         raise DataError(
             f"{num_folds} folds of {len(examples)} examples cannot be: at least 2 folds, and as "
             f"many examples in every class; the smallest has {min(counts)}."
         )
-    splitter = (StratifiedKFold if by_class else KFold)(num_folds, shuffle=True, random_state=seed)
-    for train_rows, validation_rows in splitter.split(np.arange(len(examples)), examples.labels):
+    kind = KFold if classes is None else StratifiedKFold
+    splitter = kind(num_folds, shuffle=True, random_state=seed)
+    for train_rows, validation_rows in splitter.split(np.arange(len(examples)), classes):
         yield examples.take(train_rows), examples.take(validation_rows)
 
 

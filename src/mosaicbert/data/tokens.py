@@ -65,6 +65,22 @@ def read_token_examples(
         DataError: what is wrong with a file, and where.
         ConfigError: `model.num_labels` is not the number of tags.
     """
+    train = read_sentences(config, num_labels=num_labels)
+    if config.validation is not None:
+        sentences = _sentences(config.validation, config)
+        return train, _encode(config.validation, sentences, train.label_names)
+    held_out = round(len(train) * config.validation_fraction)
+    if not 0 < held_out < len(train):
+        raise DataError(
+            f"data.validation_fraction {config.validation_fraction:g} of {len(train)} sentences "
+            f"leaves {held_out} to validate. Use another fraction, or name a validation file."
+        )
+    order = np.random.default_rng(seed).permutation(len(train))
+    return train.take(np.sort(order[held_out:])), train.take(np.sort(order[:held_out]))
+
+
+def read_sentences(config: OwnDataConfig, *, num_labels: int | None = None) -> TokenExamples:
+    """The whole training file. Raises what `read_token_examples` does."""
     sentences = list(_sentences(config.train, config))
     counts = Counter(tag for _, _, tags in sentences for tag in tags)
     names = tuple(sorted(counts, key=lambda tag: (tag != "O", tag)))
@@ -75,18 +91,7 @@ def read_token_examples(
             f"model.num_labels is {num_labels}, but {config.train} has {len(names)} tags "
             f"({', '.join(names)}). Leave the key out: the number is learned."
         )
-    train = _encode(config.train, sentences, names)
-    if config.validation is not None:
-        validation = _encode(config.validation, _sentences(config.validation, config), names)
-        return train, validation
-    held_out = round(len(train) * config.validation_fraction)
-    if not 0 < held_out < len(train):
-        raise DataError(
-            f"data.validation_fraction {config.validation_fraction:g} of {len(train)} sentences "
-            f"leaves {held_out} to validate. Use another fraction, or name a validation file."
-        )
-    order = np.random.default_rng(seed).permutation(len(train))
-    return train.take(np.sort(order[held_out:])), train.take(np.sort(order[:held_out]))
+    return _encode(config.train, sentences, names)
 
 
 Sentence = tuple[str, list[str], list[str]]  # where it stands, words, tags

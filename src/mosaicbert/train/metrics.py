@@ -149,11 +149,81 @@ class Classification:
         return result
 
 
-CORRELATIONS = ("spearman", "pearson")
+ENTITY_SCORES = ("entity_f1", "entity_precision", "entity_recall")
+"""An entity counts as found where its first word, its last word and its type are right."""
+
+
+class Tokens:
+    """`loss`, and the scores asked for: `ENTITY_SCORES` over entities, `SCORES` over words.
+
+    A sentence that was too long for one sample counts as two.
+    """
+
+    def __init__(self, names: Sequence[str], tags: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.tags = tuple(tags)
+        self._words = Classification([name for name in names if name in SCORES])
+        self._counts = [0, 0, 0]  # entities found, in the data, predicted
+
+    def update(self, output: LossOutput, batch: Batch) -> None:
+        """Count the entities of each sample."""
+        assert output.logits is not None
+        self._words.update(output, batch)
+        labels = batch.labels.flatten().cpu()
+        predictions = output.logits.flatten(0, -2).argmax(-1).cpu()
+        if batch.cu_seqlens is not None:
+            ends = batch.cu_seqlens.cpu()
+        else:
+            ends = torch.arange(0, labels.numel() + 1, batch.labels.shape[-1])
+        for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+            words = labels[start:end] != IGNORE_INDEX  # the first token of each word
+            true = entities([self.tags[i] for i in labels[start:end][words].tolist()])
+            found = entities([self.tags[i] for i in predictions[start:end][words].tolist()])
+            for i, spans in enumerate((true & found, true, found)):
+                self._counts[i] += len(spans)
+
+    def compute(self, ranks: Ranks) -> dict[str, float]:
+        """Precision, recall and F1 are 0 where there is nothing to find."""
+        result = self._words.compute(ranks)
+        hits, true, found = ranks.sum(self._counts)
+        values = {
+            "entity_f1": 2 * hits / max(true + found, 1),
+            "entity_precision": hits / max(found, 1),
+            "entity_recall": hits / max(true, 1),
+        }
+        return result | {name: values[name] for name in self.names if name in values}
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Entities of a sentence: type, first word, word behind the last.
+
+    Reads IOB1, IOB2 (BIO), IOBES, BILOU and bare types. A tag that cannot go on begins anew, as in
+    the CoNLL-2000 shared task's scoring (Tjong Kim Sang and Buchholz 2000).
+    """
+    found = set()
+    kind, start = "", 0  # of the entity that is open; "" for none
+    for at, tag in enumerate([*tags, "O"]):
+        prefix, dash, name = tag.partition("-")
+        if tag == "O":
+            prefix, name = "O", ""
+        elif not dash or prefix not in ("B", "I", "E", "S", "L", "U", "M"):
+            prefix, name = "I", tag
+        if kind and (name != kind or prefix in ("B", "S", "U")):
+            found.add((kind, start, at))
+            kind = ""
+        if name and not kind:
+            kind, start = name, at
+        if kind and prefix in ("E", "L", "S", "U"):
+            found.add((kind, start, at + 1))
+            kind = ""
+    return found
+
+
+REGRESSION_SCORES = ("spearman", "pearson", "mse", "mae")
 
 
 class Regression:
-    """`loss` and, of `spearman`, `pearson` and `mse`, those asked for."""
+    """`loss` and, of `REGRESSION_SCORES`, those asked for."""
 
     def __init__(self, names: Sequence[str] = ("spearman", "pearson", "mse")) -> None:
         self.names = tuple(names)
@@ -177,6 +247,8 @@ class Regression:
         for name in self.names:
             if name == "mse":
                 result[name] = float(np.mean((labels - predictions) ** 2))
+            elif name == "mae":
+                result[name] = float(np.mean(np.abs(labels - predictions)))
             else:
                 result[name] = _correlation(name, labels, predictions)
         return result
@@ -202,8 +274,20 @@ def classification_metric(names: Sequence[str] = ("accuracy",)) -> MetricFactory
 
 def regression_metric(names: Sequence[str] = ("spearman", "pearson")) -> MetricFactory:
     """A factory of `Regression`; raises `ConfigError` for an unknown name."""
-    _check_names(names, [*CORRELATIONS, "mse"])
+    _check_names(names, REGRESSION_SCORES)
     return partial(Regression, tuple(names))
+
+
+def multilabel_metric(names: Sequence[str] = ("micro_f1",)) -> MetricFactory:
+    """A factory of `Classification` for several labels a sample; raises `ConfigError`."""
+    _check_names(names, [name for name in SCORES if name != "mcc"])
+    return partial(Classification, tuple(names))
+
+
+def token_metric(names: Sequence[str], tags: Sequence[str]) -> MetricFactory:
+    """A factory of `Tokens`, where class i is `tags[i]`; raises `ConfigError`."""
+    _check_names(names, [*ENTITY_SCORES, *SCORES])
+    return partial(Tokens, tuple(names), tuple(tags))
 
 
 def _check_names(names: Sequence[str], known: Collection[str]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from mosaicbert.config.jobs import TrainerConfig
 from mosaicbert.duration import Progress
 from mosaicbert.errors import ConfigError, TrainingError
+from mosaicbert.train.best import Best
 from mosaicbert.train.checkpoint import Checkpoint, load_model, load_optimizer, take_snapshot
 from mosaicbert.train.distributed import Ranks
 from mosaicbert.train.store import CheckpointWriter, SaveFolder, check_save_folder, locate
@@ -46,6 +47,8 @@ class Saving:
         """The last checkpoint loaded or written: path or URI."""
         self.saved_at = -1
         """Batch of the last save."""
+        self.best: Best | None = None
+        self._resumed: dict[str, Any] = {}
         self._told_at = -1
         self._write_assets = write_assets
         self._writer: CheckpointWriter | None = None
@@ -65,13 +68,38 @@ class Saving:
         else:
             checkpoint = self._load(source)
             self.saved_at = checkpoint.progress.batch
+            self._resumed = checkpoint.state
             self._tell_changes(checkpoint)
         run_id = checkpoint.state["run_id"] if checkpoint else None
         self.ranks.from_first(lambda: self._open(run_id))
         return checkpoint.progress if checkpoint else Progress()
 
-    def save(self, progress: Progress) -> None:
-        """Begin to write a checkpoint; rank 0 waits for the copy to the host only."""
+    def follow(self, best: Best) -> None:
+        """Note the evaluations in each checkpoint from now on; go on from those of the past."""
+        self.best = best
+        best.evaluations[:] = self._resumed.get("evaluations", [])
+        if best.keep and best.evaluations and self._writer is not None:
+            self._writer.kept = best.best["checkpoint"]
+
+    @property
+    def kept(self) -> str | None:
+        """The checkpoint of the best evaluation, on all ranks."""
+        return self.ranks.from_first(
+            lambda: (
+                self._writer.folder.uri(self._writer.kept)
+                if self._writer and self._writer.kept
+                else None
+            )
+        )
+
+    def save(self, progress: Progress, keep: bool = False) -> None:
+        """Begin to write a checkpoint; rank 0 waits for the copy to the host only.
+
+        `keep`: from now on this one stays, in place of the one kept before.
+        """
+        if keep and self._writer is not None:
+            self._writer.wait()
+            self._writer.kept = f"ep{progress.epoch}-ba{progress.batch}"
         if self._writer is not None and self.saved_at != progress.batch:
             state = {
                 "run_id": self._writer.run_id,
@@ -81,6 +109,7 @@ class Saving:
                 "world_size": self.ranks.world_size,
                 "torch": str(torch.__version__),
                 "config": self._settings(),
+                "evaluations": self.best.evaluations if self.best else [],
             }
             self._writer.save(take_snapshot(self.model, self.optimizer, progress, state))
         self.saved_at = progress.batch

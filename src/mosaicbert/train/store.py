@@ -32,6 +32,7 @@ from mosaicbert.train.checkpoint import (
 log = logging.getLogger(__name__)
 
 LATEST = "latest"
+BEST = "best"
 PART = ".part-"
 ASIDE = ".part-old-"
 NAME = re.compile(r"ep(\d+)-ba(\d+)")
@@ -110,6 +111,14 @@ class SaveFolder:
         else:
             self._upload(checkpoint, write_assets)
 
+    def link(self, alias: str, name: str) -> None:
+        """Let `alias` lead to a checkpoint, in a local folder; object stores know no links."""
+        if self.is_local:
+            part = Path(self.root) / f"{PART}{alias}"
+            part.unlink(missing_ok=True)
+            part.symlink_to(name)
+            os.replace(part, Path(self.root) / alias)
+
     def remove(self, name: str) -> None:
         """Remove a checkpoint; one that is half removed does not count as whole."""
         self.fs.rm_file(f"{self.root}/{name}/{STATE_FILE}")
@@ -125,7 +134,7 @@ class SaveFolder:
             if not (root / name).exists():
                 os.rename(path, root / name)
         for path in root.glob(f"{PART}*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _list(self) -> list[str]:
         return list(self.fs.ls(self.root, detail=False))
@@ -247,6 +256,8 @@ class CheckpointWriter:
         self.keep = keep
         self.newest: str | None = None
         """Name of the last checkpoint that is whole."""
+        self.kept: str | None = None
+        """Name of one that stays, whatever `keep` says; `best` in a local folder links to it."""
         self._write_assets = write_assets
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -277,10 +288,12 @@ class CheckpointWriter:
         try:
             self.folder.write(checkpoint, self._write_assets)
             self.newest = checkpoint.name
+            if checkpoint.name == self.kept:
+                self.folder.link(BEST, checkpoint.name)
             if self.keep > 0:
                 own = [name for name in self.folder.names() if self._is_own(name)]
                 for name in own[: -self.keep]:
-                    if name != checkpoint.name:
+                    if name not in (checkpoint.name, self.kept):
                         self.folder.remove(name)
         except MosaicBertError as error:
             self._error = error

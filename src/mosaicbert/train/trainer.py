@@ -17,6 +17,7 @@ from mosaicbert.config.jobs import TrainerConfig
 from mosaicbert.duration import Duration, Progress
 from mosaicbert.errors import DataError, TrainingError
 from mosaicbert.train.backward import Backward
+from mosaicbert.train.best import Best
 from mosaicbert.train.clock import Clock
 from mosaicbert.train.distributed import Ranks
 from mosaicbert.train.metrics import MetricFactory
@@ -59,6 +60,7 @@ class Trainer:
         loggers: Sequence[Logger] = (),
         monitors: Sequence[Monitor] = (),
         write_assets: Callable[[Path], None] | None = None,
+        best: Best | None = None,
     ) -> None:
         """`write_assets` adds `config.json` and tokenizer files to a checkpoint's folder."""
         self.config = config
@@ -75,6 +77,7 @@ class Trainer:
         self.scaler = self.backward.scaler
         self.optimizer = build_optimizer(model, config.optimizer, ranks)
         self.saving = Saving(config, ranks, model, self.optimizer, self.scaler, write_assets)
+        self.best = best
         self.signals = StopSignals()
         self.progress = Progress()
         self.batches_per_epoch: int | None = None
@@ -104,6 +107,8 @@ class Trainer:
         """
         with self.signals, self._closing_loggers(), self._explaining_memory():
             self.progress = self.saving.start()
+            if self.best is not None:
+                self.saving.follow(self.best)
             self._clock.start(self.progress.seconds)
             self._start_loggers()
             self.model.train()
@@ -151,6 +156,8 @@ class Trainer:
         self.model.train()
         self._evaluated_at = self.progress.batch
         self._log(self.metrics, self.progress)
+        if self.best is not None and self.best.add(self.metrics, self.progress) and self.best.keep:
+            self.saving.save(self.progress, keep=True)
         self._clock.skip()
         return self.metrics
 
@@ -170,6 +177,9 @@ class Trainer:
         self._log_checkpoint()
         if stopped:
             self.signals.leave()
+        if self.best is not None and self.best.keep and self.best.evaluations:
+            checkpoint = self.saving.kept or checkpoint
+            self.metrics = self.best.best["metrics"]
         return TrainResult(
             progress=self.progress,
             train_loss=self._last_loss,
@@ -183,8 +193,9 @@ class Trainer:
 
     @property
     def is_done(self) -> bool:
-        """Whether `max_duration` is reached."""
-        return self.progress.fraction_of(self.total) >= 1
+        """Whether `max_duration` is reached, or patience at its end."""
+        exhausted = self.best is not None and self.best.is_exhausted
+        return exhausted or self.progress.fraction_of(self.total) >= 1
 
     def _steps(self) -> Iterator[tuple[Step, bool, float]]:
         """Steps until the run is done; whether each ends its epoch; seconds waited for it."""

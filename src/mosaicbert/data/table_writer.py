@@ -1,0 +1,109 @@
+"""Tables out: CSV, JSONL or parquet, part by part, visible when whole."""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mosaicbert.data.tables import Table
+from mosaicbert.errors import ConfigError, DataError
+
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+Write = Callable[[Table], None]
+
+
+def check_output(path: Path) -> None:
+    """Raise `ConfigError` where no table can be written."""
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: the name must end in one of {', '.join(SUFFIXES)}.")
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder.")
+
+
+@contextmanager
+def open_table(path: Path) -> Iterator[Write]:
+    """Gives a function that appends a part; the file gets its name when all went well.
+
+    JSONL: one object a row. CSV: lists as JSON, None as an empty cell. Parquet: the types of the
+    first part.
+
+    Raises:
+        ConfigError: the kind of file is not known by its name.
+        DataError: it cannot be written, or a column changes its type (parquet).
+    """
+    check_output(path)
+    part = path.with_name(f".{path.name}.part")
+    opener = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[path.suffix]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with opener(part) as write:
+            yield write
+        os.replace(part, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}.") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _rows(table: Table) -> Iterator[tuple[Any, ...]]:
+    return zip(*table.values(), strict=True)
+
+
+@contextmanager
+def _jsonl(path: Path) -> Iterator[Write]:
+    with path.open("w", encoding="utf-8") as file:
+
+        def write(table: Table) -> None:
+            for row in _rows(table):
+                named = dict(zip(table, row, strict=True))
+                file.write(json.dumps(named, ensure_ascii=False) + "\n")
+
+        yield write
+
+
+@contextmanager
+def _csv(path: Path) -> Iterator[Write]:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        yield _csv_write(file)
+
+
+def _csv_write(file: TextIO) -> Write:
+    writer = csv.writer(file, lineterminator="\n")
+
+    def write(table: Table) -> None:
+        if file.tell() == 0:
+            writer.writerow(table)
+        for row in _rows(table):
+            cells = (json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for v in row)
+            writer.writerow(cells)
+
+    return write
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Write]:
+    writer: pq.ParquetWriter | None = None
+
+    def write(table: Table) -> None:
+        nonlocal writer
+        try:
+            schema = writer.schema if writer else None
+            part = pa.Table.from_pydict(table, schema=schema)
+            writer = writer or pq.ParquetWriter(path, part.schema)
+            writer.write_table(part)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise DataError(
+                f"A column changes its type, which parquet does not allow ({error}). Write .jsonl."
+            ) from error
+
+    try:
+        yield write
+    finally:
+        if writer is not None:
+            writer.close()
