@@ -191,6 +191,7 @@ def undo_if_nothing_done(folder: Path) -> None:
     if (folder / REQUEST).exists() and not (folder / INDEX).exists():
         if not any((folder / PARTS).glob("*.json")):
             shutil.rmtree(folder, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            folder.rmdir()  # only if it is empty
+    with suppress(OSError):  # only what is empty: the split's folder, then that of all splits
+        if folder.exists():
+            folder.rmdir()
+        folder.parent.rmdir()
