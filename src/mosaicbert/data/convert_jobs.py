@@ -188,9 +188,9 @@ def drop_pieces_from(folder: Path, count: int) -> None:
 
 def undo_if_nothing_done(folder: Path) -> None:
     """After a failure: no folder stays behind that has nothing to go on from."""
-    if (folder / REQUEST).exists() and not (folder / INDEX).exists():
-        if not any((folder / PARTS).glob("*.json")):
-            shutil.rmtree(folder, ignore_errors=True)
+    begun = (folder / REQUEST).exists() and not (folder / INDEX).exists()
+    if begun and not any((folder / PARTS).glob("*.json")):
+        shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # only what is empty: the split's folder, then that of all splits
         if folder.exists():
             folder.rmdir()
