@@ -53,7 +53,6 @@ def set_log_level(level: str | None) -> None:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
-        logger.propagate = False
 
 
 def wants_compile(config: TrainerConfig, ranks: Ranks) -> bool:

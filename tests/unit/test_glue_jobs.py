@@ -1,0 +1,115 @@
+"""From a GLUE YAML to jobs, and back from what earlier calls finished."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mosaicbert.config import GlueConfig, check, load_config
+from mosaicbert.errors import ConfigError
+from mosaicbert.glue import jobs as glue_jobs
+from mosaicbert.glue.jobs import finished_result, plan_jobs
+from mosaicbert.glue.live import LiveTable
+from mosaicbert.glue.results import JobResult
+
+ROOT = Path(__file__).parents[2]
+FULL = ROOT / "yamls/finetuning/glue/mosaic-bert-base-uncased.yaml"
+
+
+def make(tmp_path, tasks, **more):
+    values = {
+        "base_run_name": "g",
+        "run_folder": str(tmp_path / "{run_name}"),
+        "model": {"name": "mosaic_bert"},
+        "data_dir": "sample",
+        "tasks": tasks,
+    }
+    return check(GlueConfig, values | more)
+
+
+def test_the_whole_of_glue_has_the_published_jobs():
+    jobs = plan_jobs(load_config(GlueConfig, FULL))
+    assert len(jobs) == 1 + 1 + 1 + 3 + 4 + 5 + 5 + 5
+    assert jobs[0].task == "mnli"
+    cola = next(job for job in jobs if job.task == "cola")
+    assert cola.config.max_duration == "10ep"
+    assert cola.config.global_train_batch_size == 32
+    assert (cola.config.optimizer.lr, cola.config.optimizer.weight_decay) == (5e-5, 5e-6)
+    assert cola.config.train_loader.shuffle
+    assert cola.config.model.num_labels == 2
+    assert not cola.keep_checkpoint
+    assert jobs[0].keep_checkpoint
+
+
+def test_three_tasks_start_from_mnli_of_the_same_seed_order(tmp_path):
+    tasks = {"rte": {"seeds": [1, 2, 3]}, "cola": {}, "mnli": {"seeds": [7, 8]}}
+    jobs = plan_jobs(make(tmp_path, tasks, starting_checkpoint_load_path="start"))
+    by_name = {job.name: job for job in jobs}
+    assert [by_name[f"rte-{seed}"].after for seed in (1, 2, 3)] == ["mnli-7", "mnli-8", "mnli-7"]
+    assert by_name["rte-2"].config.load_path == by_name["mnli-8"].config.save_folder
+    assert by_name["cola-19"].config.load_path == "start"
+    assert by_name["cola-19"].after is None
+
+
+def test_without_mnli_one_warning_says_so(tmp_path, caplog):
+    jobs = plan_jobs(make(tmp_path, {"rte": {}, "stsb": {}}, starting_checkpoint_load_path="start"))
+    assert {job.config.load_path for job in jobs} == {"start"}
+    assert [record.getMessage().count("MNLI is not in this run") for record in caplog.records] == [
+        1
+    ]
+    assert "rte, stsb" in caplog.text
+
+
+def test_each_tasks_own_settings_win(tmp_path):
+    settings = {
+        "seeds": [5],
+        "lr": 1e-4,
+        "batch_size": 8,
+        "trainer_kwargs": {"max_duration": "7ba", "eval_subset_num_batches": 2},
+    }
+    (job,) = plan_jobs(make(tmp_path, {"cola": settings}))
+    assert job.config.optimizer.lr == 1e-4
+    assert job.config.global_train_batch_size == 8
+    assert job.config.max_duration == "7ba"
+    assert job.config.eval_subset_num_batches == 2
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        ({"rt": {}}, 'Did you mean "rte"'),
+        ({"rte": {"trainer_kwargs": {"max_duratoin": "1ep"}}}, "tasks.rte.trainer_kwargs"),
+        ({"rte": {"trainer_kwargs": {"max_duration": "x"}}}, "must be a time string"),
+    ],
+)
+def test_mistakes_name_the_task(tmp_path, tasks, said):
+    with pytest.raises(ConfigError) as caught:
+        plan_jobs(make(tmp_path, tasks))
+    assert said in str(caught.value)
+
+
+def test_a_finished_job_is_known_again_only_if_it_is_the_same(tmp_path):
+    (job,) = plan_jobs(make(tmp_path, {"cola": {"seeds": [5]}}))
+    assert finished_result(job) is None
+    result = JobResult("cola", 5, {"metrics/eval/mcc": 0.5}, 1.5, 10)
+    glue_jobs._write_result(job, result)
+    assert finished_result(job) == result
+    (other,) = plan_jobs(make(tmp_path, {"cola": {"seeds": [5], "lr": 1e-3}}))
+    assert finished_result(other) is None
+    (job.folder / "result.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"result\.json is damaged"):
+        finished_result(job)
+
+
+def test_plain_lines_where_there_is_no_terminal(capsys):
+    job = SimpleNamespace(name="cola-5")
+    with LiveTable([job], {}, show=True) as table:
+        table.on_event("start", job, None)
+        table.on_event("progress", job, {"done": 0.5, "metrics": {"metrics/eval/mcc": 0.25}})
+        table.on_event("done", job, JobResult("cola", 5, {"metrics/eval/mcc": 0.5}, 1.5, 10))
+        table.on_event("failed", job, "no such file\nmore")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "start  cola-5"
+    assert lines[1].startswith("done  cola-5  mcc 0.500")
+    assert lines[2].startswith("failed  cola-5  no such file")
+    assert len(lines) == 3
