@@ -12,7 +12,7 @@ from mosaicbert.batch import Batch
 from mosaicbert.errors import ConfigError
 from mosaicbert.models import encoder
 from mosaicbert.models.attention import alibi_slopes
-from mosaicbert.models.configuration import MosaicBertConfig
+from mosaicbert.models.configuration import MODERN, MosaicBertConfig
 from mosaicbert.models.mosaic_bert import (
     MosaicBertForMaskedLM,
     MosaicBertForSequenceClassification,
@@ -395,7 +395,27 @@ def test_layers_share_one_graph():
     for layer in model.bert.encoder.layer:
         layer.compile(backend=backend, fullgraph=True, dynamic=False)
     torch.testing.assert_close(model.loss(batch).loss_sum, want)
-    assert len(graphs) == 1
+    assert len(graphs) == 2  # the last layer runs on the masked rows
+
+
+@pytest.mark.parametrize("changes", [{}, MODERN, {"unet_skips": True, "value_skips": True}])
+def test_last_layer_on_wanted_rows_alone(changes):
+    """Same rows, same gradients; rows that fill up may point at a wanted one."""
+    model = build(**changes)
+    batch = packed_batch(*padded([5, 1, 9]))
+    positions = torch.tensor([0, 3, 5, 14, 0, 0])
+    inputs = (batch.input_ids, batch.token_type_ids, batch.cu_seqlens, batch.max_seqlen)
+    weight = torch.randn(6, 24) * torch.tensor([1.0, 1, 1, 1, 0, 0])[:, None]
+    found = []
+    for x in (
+        model.bert.encode(*inputs)[positions],
+        model.bert.encode(*inputs, positions=positions),
+    ):
+        model.zero_grad()
+        (x * weight).sum().backward()
+        found.append([x, *(p.grad for p in model.bert.parameters())])
+    for whole, alone in zip(*found, strict=True):
+        torch.testing.assert_close(alone, whole)
 
 
 def test_longer_than_trained():

@@ -7,7 +7,7 @@ Tokens of all sequences lie one after another, `(total_nnz, hidden)`; sequence i
 # mypy: disable-error-code="no-any-return"
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +107,43 @@ def rotate(qk: Tensor, rotary: Tensor) -> Tensor:
     return rotated.to(qk.dtype)
 
 
+class Rows(NamedTuple):
+    """The positions whose output is wanted; the last layer leaves the others out."""
+
+    positions: Tensor  # (rows,) int64; only rows without a gradient may repeat an earlier one
+    inverse: Tensor  # (total_nnz,) int64: first row of each position; `rows`: none
+
+
+def wanted_rows(positions: Tensor, total_nnz: int) -> Rows:
+    """`positions (rows,)` with their inverse, so that the gradient is gathered, not scattered."""
+    numbers = torch.arange(positions.numel(), device=positions.device)
+    inverse = torch.full((total_nnz,), positions.numel(), device=positions.device)
+    return Rows(positions, inverse.scatter_reduce(0, positions, numbers, "amin"))
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, positions: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x[positions]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (inverse,) = ctx.saved_tensors
+        (grad,) = grads
+        return F.pad(grad, (0, 0, 0, 1))[inverse], None, None
+
+
+def take_rows(x: Tensor, rows: Rows | None) -> Tensor:
+    """`(total_nnz, width)` -> `(rows, width)`; all of them without `rows`."""
+    if rows is None:
+        return x
+    taken: Tensor = _TakeRows.apply(  # type: ignore[no-untyped-call]
+        x, rows.positions, rows.inverse
+    )
+    return taken
+
+
 class MosaicBertSelfOutput(nn.Module):
     """Projection of the attention's output, and the block's LayerNorm."""
 
@@ -183,20 +220,24 @@ class MosaicBertLayer(nn.Module):
         first_values: Tensor | None,
         plan: AttentionPlan,
         fused: bool,
+        rows: Rows | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """`x` and `residual` `(total_nnz, hidden)` are two names of the same values.
 
         What reads `x` and what reads `residual` then have gradients of their own, which the
-        fused LayerNorm adds in passing. Without it they are one tensor.
+        fused LayerNorm adds in passing. Without it they are one tensor. With `rows`, everything
+        after attention runs on these alone.
         """
         output, mlp = self.attention.output, self.mlp
         dropout_p = self.dropout if self.training else 0.0
         if self.pre_norm:
             attended, values = self.attention.self(output.LayerNorm(x), plan, first_values)
+            attended, x = take_rows(attended, rows), take_rows(x, rows)
             x = x + F.dropout(output.dense(attended), dropout_p)
             x = x + mlp.wo(mlp.hidden(mlp.layernorm(x), fused))
             return x, x, values
         attended, values = self.attention.self(x, plan, first_values)
+        attended, residual = take_rows(attended, rows), take_rows(residual, rows)
         x, residual = add_norm(attended, residual, output.dense, output.LayerNorm, dropout_p, fused)
         hidden = mlp.hidden(x, fused)
         x, residual = add_norm(hidden, residual, mlp.wo, mlp.layernorm, 0.0, fused)
@@ -263,9 +304,16 @@ class MosaicBertEncoder(nn.Module):
         return plan._replace(rotary=rotary)
 
     def forward(
-        self, x: Tensor, plan: AttentionPlan, hidden_states: list[Tensor] | None = None
+        self,
+        x: Tensor,
+        plan: AttentionPlan,
+        hidden_states: list[Tensor] | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:
-        """`(total_nnz, hidden)` -> the same; `hidden_states` receives `x` and each output."""
+        """`(total_nnz, hidden)` -> the same, or `(rows, hidden)` where `rows` asks for some only.
+
+        `hidden_states` receives `x` and each output.
+        """
         fused = kernels.why_not(x.device) is None and x.dtype != torch.float64
         half = len(self.layer) // 2
         residual, values = x.view_as(x) if fused else x, None
@@ -276,7 +324,14 @@ class MosaicBertEncoder(nn.Module):
             if self.config.unet_skips and index >= len(self.layer) - half:
                 x = x + self.skip_weights[len(skips) - 1].to(x.dtype) * skips.pop()
                 residual = x
-            args = (x, residual, values, plan, fused)
+            args = (
+                x,
+                residual,
+                values,
+                plan,
+                fused,
+                rows if index == len(self.layer) - 1 else None,
+            )
             if self._gradient_checkpointing_func and self.gradient_checkpointing and self.training:
                 x, residual, values = self._gradient_checkpointing_func(layer.__call__, *args)
             else:

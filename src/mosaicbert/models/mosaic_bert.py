@@ -32,6 +32,7 @@ from mosaicbert.models.encoder import (
     MosaicBertPooler,
     MosaicBertSelfAttention,
     OutputLinear,
+    wanted_rows,
 )
 from mosaicbert.models.heads import (
     check_ids,
@@ -141,11 +142,15 @@ class MosaicBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         )
         return x, packed, tuple(packed.pad(h) for h in states) or None
 
-    def _encode(self, batch: Batch) -> Tensor:
-        """Packed batch -> `(total_nnz, hidden)`."""
+    def _encode(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
+        """Packed batch -> `(total_nnz, hidden)`, or `(rows, hidden)` at `positions (rows,)`."""
         assert batch.cu_seqlens is not None, "Mosaic BERT trains on packed batches"
         return self.base_model.encode(
-            batch.input_ids, batch.token_type_ids, batch.cu_seqlens, batch.max_seqlen
+            batch.input_ids,
+            batch.token_type_ids,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            positions=positions,
         )
 
     def flops_per_token(self, seq_len: float) -> float:
@@ -193,16 +198,20 @@ class MosaicBertModel(MosaicBertPreTrainedModel):
         cu_seqlens: Tensor,
         max_seqlen: int,
         hidden_states: list[Tensor] | None = None,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """Packed `input_ids (total_nnz,)` -> `(total_nnz, hidden)`.
 
-        `hidden_states` receives the output of the embeddings and of each layer.
+        `hidden_states` receives the output of the embeddings and of each layer. With `positions
+        (rows,)` the result is `(rows, hidden)`, and the last layer does no more than that needs;
+        of a position that comes twice, only the first row may have a gradient.
         """
         if input_ids.device.type == "cpu":  # elsewhere this would wait for the device
             check_ids(input_ids, self.config.vocab_size)
         x = self.embeddings(input_ids, token_type_ids)
         plan = self.encoder.plan(x, cu_seqlens, max_seqlen)
-        return self.encoder(x, plan, hidden_states)
+        rows = None if positions is None else wanted_rows(positions, x.shape[0])
+        return self.encoder(x, plan, hidden_states, rows)
 
     def pool(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
         """`(total_nnz, hidden)` -> `(batch, hidden)`; see the class."""
@@ -255,20 +264,20 @@ class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
         """Put another decoder in."""
         self.cls.predictions.decoder = new_embeddings
 
-    def head_loss(self, x: Tensor, positions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Head and loss on the masked rows only: `(loss_sum, logits (num_target_rows, vocab))`.
+    def head_loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Head and loss of masked rows `x (num_target_rows, hidden)`: loss_sum, logits.
 
         The logits are detached: as an output with a gradient, compiled code would fill one of
         their size with zeros in every backward pass.
         """
-        logits = self.cls.predictions(x[positions])
+        logits = self.cls.predictions(x)
         return cross_entropy_sum(logits, labels), logits.detach()
 
     def loss(self, batch: Batch, return_logits: bool = False) -> LossOutput:
         """Summed cross-entropy of a packed batch's targets."""
         assert batch.target_positions is not None
-        x = self._encode(batch)
-        loss_sum, logits = self.head_loss(x, batch.target_positions, batch.labels)
+        x = self._encode(batch, batch.target_positions)
+        loss_sum, logits = self.head_loss(x, batch.labels)
         return LossOutput(loss_sum, self._real(logits) if return_logits else None)
 
     def _real(self, logits: Tensor) -> Tensor:
