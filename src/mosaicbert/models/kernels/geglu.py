@@ -32,7 +32,7 @@ def _normal(x):
 
 
 @triton.jit
-def _forward_kernel(
+def _geglu_forward_kernel(
     x_ptr, out_ptr, seed_ptr, num_rows,
     WIDTH: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -53,7 +53,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _geglu_backward_kernel(
     grad_ptr, x_ptr, dx_ptr, out_ptr, seed_ptr, num_rows,
     WIDTH: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
     RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -103,7 +103,7 @@ def geglu_forward(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     if out.numel():
         grid, config = _tiling(num_rows, width)
         launch(
-            _forward_kernel, grid, x, out, x if seed is None else seed, num_rows, **dropout,
+            _geglu_forward_kernel, grid, x, out, x if seed is None else seed, num_rows, **dropout,
             **config, num_warps=2,
         )  # fmt: skip
     return out
@@ -122,7 +122,7 @@ def geglu_backward(
     if dx.numel():
         grid, config = _tiling(num_rows, width)
         launch(
-            _backward_kernel, grid, grad, x, dx, out, x if seed is None else seed, num_rows,
+            _geglu_backward_kernel, grid, grad, x, dx, out, x if seed is None else seed, num_rows,
             **dropout, RECOMPUTE=recompute, **config, num_warps=8,
         )  # fmt: skip
     return dx, out

@@ -36,7 +36,7 @@ def _summed(
 
 
 @triton.jit
-def _forward_kernel(
+def _norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, out_ptr, mean_ptr, rstd_ptr,
     num_rows,
     WIDTH: tl.constexpr, EPS: tl.constexpr, X_BIAS: tl.constexpr,
@@ -66,7 +66,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _norm_backward_kernel(
     grad_ptr, other_grad_ptr, x_ptr, residual_ptr, weight_ptr, x_bias_ptr, seed_ptr, mean_ptr,
     rstd_ptr, dx_ptr, dresidual_ptr, partial_ptr, num_rows,
     WIDTH: tl.constexpr, OTHER_GRAD: tl.constexpr, X_BIAS: tl.constexpr, SPLIT: tl.constexpr,
@@ -150,9 +150,9 @@ def layer_norm_forward(
     dropout = dropout_config(dropout_p, seed)
     if num_rows:
         launch(
-            _forward_kernel, (triton.cdiv(num_rows, FORWARD["ROWS"]),), x, residual, weight, bias,
-            x_bias, x if seed is None else seed, out, mean, rstd, num_rows, WIDTH=width, EPS=eps,
-            X_BIAS=x_bias is not None, **dropout, COLS=triton.next_power_of_2(width), **FORWARD,
+            _norm_forward_kernel, (triton.cdiv(num_rows, FORWARD["ROWS"]),), x, residual, weight,
+            bias, x_bias, x if seed is None else seed, out, mean, rstd, num_rows, WIDTH=width,
+            EPS=eps, X_BIAS=x_bias is not None, **dropout, COLS=triton.next_power_of_2(width), **FORWARD,
         )  # fmt: skip
     return out, mean, rstd
 
@@ -174,7 +174,7 @@ def layer_norm_backward(
     programs = _programs(x.device, num_rows)
     partial = mean.new_empty(programs, 3, width)
     launch(
-        _backward_kernel, (programs,), grad, other_grad, x, residual, weight, x_bias,
+        _norm_backward_kernel, (programs,), grad, other_grad, x, residual, weight, x_bias,
         x if seed is None else seed, mean, rstd, dx, dresidual, partial, num_rows, WIDTH=width,
         OTHER_GRAD=other_grad is not None, X_BIAS=x_bias is not None, SPLIT=split, **dropout,
         COLS=triton.next_power_of_2(width), **BACKWARD,
