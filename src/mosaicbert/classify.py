@@ -183,6 +183,8 @@ def finetune(
     kind = KINDS[train.kind]
     scores = tuple(metrics or config.metrics) or kind.scores
     if isinstance(train, TokenExamples):
+        if "O" not in train.label_names and not (metrics or config.metrics):
+            scores = ("accuracy", "macro_f1")  # parts of speech and the like: no entities
         factory = kind.metric(scores, train.label_names)
     else:
         factory = kind.metric(scores)

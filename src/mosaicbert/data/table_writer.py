@@ -4,7 +4,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,8 +30,8 @@ def check_output(path: Path) -> None:
 def open_table(path: Path) -> Iterator[Write]:
     """Gives a function that appends a part; the file gets its name when all went well.
 
-    JSONL: one object a row. CSV: lists as JSON, None as an empty cell. Parquet: the types of the
-    first part.
+    JSONL: one object a row; what JSON does not know, such as a date, as text. CSV: lists as JSON,
+    None as an empty cell. Parquet: the types of the first part.
 
     Raises:
         ConfigError: the kind of file is not known by its name.
@@ -48,7 +48,8 @@ def open_table(path: Path) -> Iterator[Write]:
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            part.unlink()
 
 
 def _rows(table: Table) -> Iterator[tuple[Any, ...]]:
@@ -62,7 +63,7 @@ def _jsonl(path: Path) -> Iterator[Write]:
         def write(table: Table) -> None:
             for row in _rows(table):
                 named = dict(zip(table, row, strict=True))
-                file.write(json.dumps(named, ensure_ascii=False) + "\n")
+                file.write(json.dumps(named, ensure_ascii=False, default=str) + "\n")
 
         yield write
 

@@ -7,8 +7,8 @@ when it is whole.
 import argparse
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Container, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -52,25 +52,34 @@ def predict_file(
     if len(text) not in (1, 2):
         raise ConfigError(f"--text {' '.join(text)}: name one column, or two for pairs.")
     check_output(Path(output))
+    if Path(output).resolve() == Path(source).resolve():
+        raise ConfigError(f"--output {output} is the input: it would be replaced. Name another.")
     parts = _parts(source, text, keep)
-    first = next(parts)  # faults of the file are told before the model is loaded
+    first = next(parts, None)  # faults of the file are told before the model is loaded
+    if first is None:
+        raise DataError(f"{source} has no lines.")
     predictor = load_predictor(checkpoint, **options)
     if predictor.task == "token-classification" and len(text) == 2:
         raise ConfigError("Tags are predicted for one column of --text, not two.")
     num_rows, began, told = 0, time.monotonic(), time.monotonic()
     with open_table(Path(output)) as write:
-        for part in _chain(first, parts):
-            write(_predict_part(predictor, part, text, keep, (source, num_rows, skip_bad_rows)))
+        for part in chain([first], parts):
+            bad = _bad_rows(predictor, part, text, num_rows)
+            if bad:
+                told_of = f"{source}: {'; '.join(list(bad.values())[:5])}"
+                more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+                if not skip_bad_rows:
+                    raise DataError(
+                        f"{told_of}{more}. Mend them, or let --skip_bad_rows give such rows empty "
+                        "cells."
+                    )
+                log.warning("No prediction for %d rows of %s%s.", len(bad), told_of, more)
+            write(_predict_part(predictor, part, text, keep, bad))
             num_rows += len(part[text[0]])
             if time.monotonic() - told > 10:
                 told = time.monotonic()
                 log.info("%d rows, %.0f a second", num_rows, num_rows / (told - began))
     return num_rows
-
-
-def _chain(first: Table, rest: Iterator[Table]) -> Iterator[Table]:
-    yield first
-    yield from rest
 
 
 def _parts(source: str | Path, text: Sequence[str], keep: Sequence[str]) -> Iterator[Table]:
@@ -84,43 +93,36 @@ def _parts(source: str | Path, text: Sequence[str], keep: Sequence[str]) -> Iter
         yield {"text": part}
 
 
-def _predict_part(
-    predictor: Predictor,
-    part: Table,
-    text: Sequence[str],
-    keep: Sequence[str],
-    place: tuple[str | Path, int, bool],
-) -> Table:
-    """Columns of one part; rows without text are errors, or empty cells."""
-    source, rows_before, skip = place
+def _bad_rows(
+    predictor: Predictor, part: Table, text: Sequence[str], rows_before: int
+) -> dict[int, str]:
+    """Rows of the part that give nothing to predict from, and why."""
     bad: dict[int, str] = {}
     for column in text:
         for i, value in enumerate(part[column]):
             fault = _fault(predictor, value)
             if fault and i not in bad:
                 bad[i] = f'row {rows_before + i + 1}, column "{column}": {fault}'
-    if bad and not skip:
-        more = f" (and {len(bad) - 1} more rows near it)" if len(bad) > 1 else ""
-        raise DataError(
-            f"{source}, {next(iter(bad.values()))}{more}. Mend it, or let --skip_bad_rows give "
-            "such rows empty cells."
-        )
-    for told in bad.values():
-        log.warning("%s, %s: no prediction.", source, told)
-    good = [i for i in range(len(part[text[0]])) if i not in bad]
-    if not good:
-        raise DataError(f"{source}: none of {len(bad)} rows in a row has a text to predict from.")
-    texts, *pairs = [[part[column][i] for i in good] for column in text]
+    return bad
+
+
+def _predict_part(
+    predictor: Predictor, part: Table, text: Sequence[str], keep: Sequence[str], bad: Container[int]
+) -> Table:
+    """Columns of one part; bad rows get None."""
+    filler = predictor.tokenizer.mask_token or "x"  # stands in for what is blanked out below
+    texts, *pairs = (
+        [filler if i in bad else value for i, value in enumerate(part[column])] for column in text
+    )
     found = predictor.columns(texts, pairs[0] if pairs else None)
     clash = sorted(found.keys() & set(keep))
     if clash:
         raise ConfigError(f"--keep {clash[0]}: the output has a column of that name already.")
-    columns: Table = {column: part[column] for column in keep}
-    for name, values in found.items():
-        columns[name] = [None] * (len(good) + len(bad))
-        for i, value in zip(good, values, strict=True):
-            columns[name][i] = value
-    return columns
+    blanked = {
+        name: [None if i in bad else value for i, value in enumerate(values)]
+        for name, values in found.items()
+    }
+    return {column: part[column] for column in keep} | blanked
 
 
 def _fault(predictor: Predictor, value: Any) -> str | None:

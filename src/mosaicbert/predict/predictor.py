@@ -1,7 +1,7 @@
 """A checkpoint ready to predict: its model, its tokenizer, and the columns it makes of texts."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -86,14 +86,13 @@ def load_predictor(
         raise ConfigError(f"--device {device}: torch sees no GPU here. Use --device cpu.")
     use_gpu = device != "cpu" and torch.cuda.is_available()
     with local_copy(checkpoint) as local:
-        names = read_state_dict(local)[0].keys()
-        found = _task_of(names)
+        found = _task_of(*read_state_dict(local))
         task = task or found
-        if task is None or (task != "embedding" and task != found):
+        if task is None or not _fits(task, found):
             raise ConfigError(
-                f"{checkpoint} has no head for {task or 'classification'}: it is "
-                f"{found or 'an encoder alone'}. {'--fill_mask or ' if found == 'mlm' else ''}"
-                "--embed can use it; mosaicbert classify makes a classifier of it."
+                f"{checkpoint} has no head for {task or 'classification'}, but "
+                f"{f'one for {found}' if found else 'an encoder alone'}. --embed takes any; "
+                "--fill_mask a pre-trained model; mosaicbert classify makes a classifier."
             )
         model: Any = load(local, task)
         folder = local.parent if local.is_file() else local
@@ -101,16 +100,25 @@ def load_predictor(
             folder = folder / (folder / LATEST).read_text().strip()
         reader = load_tokenizer(tokenizer or str(folder))
     limit = max_seq_len or (reader.model_max_length if reader.model_max_length < 1e9 else LONGEST)
-    if model.config.model_type == "bert":
+    if model.config.model_type != "mosaic_bert" and not getattr(model.config, "alibi", False):
         limit = min(limit, model.config.max_position_embeddings)
     return Predictor(model.to("cuda" if use_gpu else "cpu"), task, reader, limit, precision)
 
 
-def _task_of(names: Any) -> Task | None:
-    if "classifier.weight" in names:
-        pooled = any(name.startswith("bert.pooler.") for name in names)
-        return "classification" if pooled else "token-classification"
-    return "mlm" if any(name.startswith("cls.") for name in names) else None
+def _fits(task: Task, found: Task | None) -> bool:
+    """Whether a checkpoint with the head `found` can do `task`."""
+    classifiers = ("classification", "token-classification")
+    return task in ("embedding", found) or (task in classifiers and found in classifiers)
+
+
+def _task_of(weights: Mapping[str, Any], config: Mapping[str, Any] | None) -> Task | None:
+    """The head there is: by the class that was saved, else by the weights; None for none."""
+    saved = " ".join((config or {}).get("architectures") or [])
+    if "classifier.weight" in weights:
+        pooled = any(name.startswith("bert.pooler.") for name in weights)
+        of_tokens = "ForTokenClassification" in saved or not pooled
+        return "token-classification" if of_tokens else "classification"
+    return "mlm" if any(name.startswith("cls.") for name in weights) else None
 
 
 # --- columns, by what the model predicts ----------------------------------------------------------

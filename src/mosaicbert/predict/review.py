@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from mosaicbert.predict import batches
 from mosaicbert.predict.batches import Array
 from mosaicbert.predict.predictor import Predictor
 from mosaicbert.train.distributed import Ranks
+
+log = logging.getLogger(__name__)
 
 MOST_ERRORS = 1000
 MOST_NAMES = 40
@@ -48,6 +51,7 @@ def review(
         matrix = confusion(true, guess, len(names))
         _write(folder / "confusion.csv", _csv(matrix, names).encode())
         _write(folder / "confusion.png", _png(matrix, names))
+    log.info("%d errors to read in %s.", len(errors), folder / "errors.jsonl")
 
 
 def outputs(predictor: Predictor, examples: Examples | TokenExamples) -> list[Array]:
