@@ -13,7 +13,7 @@ from tiny_run import ALONE
 from two_ranks import trained
 
 from mosaicbert.errors import ConfigError
-from mosaicbert.train.distributed import first_host, init_ranks
+from mosaicbert.train.distributed import init_ranks
 
 HERE = Path(__file__).parent
 
@@ -154,11 +154,3 @@ def test_a_gpu_that_is_not_there(monkeypatch):
     environment(monkeypatch)
     with pytest.raises(ConfigError, match="sees no GPU"):
         init_ranks("gpu", 60)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("gpu[003-007,9],login1", "gpu003"), ("n1,n2", "n1"), ("host-a", "host-a"), ("x[7]", "x7")],
-)
-def test_slurm_node_lists(nodes, first):
-    assert first_host(nodes) == first

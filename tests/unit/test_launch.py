@@ -13,7 +13,6 @@ from mosaicbert.launch.processes import (
     NodeShare,
     add_launch_arguments,
     decide,
-    first_host,
     free_port,
     launch,
 )
@@ -119,14 +118,6 @@ def test_slurm():
     share = plan(gpus=8, **slurm(tasks=2, nodes=2))  # one task a node
     assert share == NodeShare(8, 16, 1, "gpu003", 20042)
     assert plan(gpus=8, **slurm(tasks=1, nodes=1)).world_size == 8
-
-
-@pytest.mark.parametrize(
-    ("nodes", "host"),
-    [("gpu[003-007,9],login1", "gpu003"), ("a1,a2", "a1"), ("n", "n"), ("x-[1,3]", "x-1")],
-)
-def test_first_host(nodes, host):
-    assert first_host(nodes) == host
 
 
 def test_alone_runs_in_this_process():

@@ -17,7 +17,6 @@ other nodes is torchrun's job: `torchrun ... -m mosaicbert pretrain ...` joins a
 
 import argparse
 import os
-import re
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 
 from mosaicbert.errors import ConfigError
 from mosaicbert.launch.supervisor import supervise
+from mosaicbert.slurm import meeting_point
 
 DEFAULT_PORT = 29500
 GROUP_FLAGS = ("world_size", "node_rank", "master_addr", "master_port")
@@ -187,16 +187,8 @@ def _slurm_share(
     nproc = args.nproc or max(num_gpus(), 1)
     if _slurm_tasks(environ) != num_nodes or nproc == 1:
         return None
-    port = environ.get("MASTER_PORT") or 20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000
-    host = environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"])
-    return NodeShare(nproc, nproc * num_nodes, int(environ["SLURM_NODEID"]), host, int(port))
-
-
-def first_host(node_list: str) -> str:
-    """The first host of a Slurm node list: `gpu[003-007,9],login1` -> `gpu003`."""
-    match = re.match(r"([^\[,]+)(?:\[(\w+))?", node_list)
-    assert match, f"{node_list!r} is no Slurm node list"
-    return match[1] + (match[2] or "")
+    host, port = meeting_point(environ)
+    return NodeShare(nproc, nproc * num_nodes, int(environ["SLURM_NODEID"]), host, port)
 
 
 def count_gpus() -> int:

@@ -7,7 +7,6 @@ exchange them; tensors on a GPU travel by NCCL.
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mosaicbert.errors import ConfigError, MosaicBertError, TrainingError
+from mosaicbert.slurm import meeting_point
 
 log = logging.getLogger(__name__)
 
@@ -180,8 +180,8 @@ def _place() -> tuple[int, int, int]:
             raise ConfigError(f"RANK={rank} is not below WORLD_SIZE={world_size}.")
         return rank, world_size, int(env.get("LOCAL_RANK", rank))
     if "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", "localhost")))
-        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000))
+        host, port = meeting_point(env)
+        env.update(MASTER_ADDR=host, MASTER_PORT=str(port))
         rank, world_size = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
         return rank, world_size, int(env.get("SLURM_LOCALID", 0))
     if int(env.get("WORLD_SIZE", 1)) > 1:
@@ -190,13 +190,6 @@ def _place() -> tuple[int, int, int]:
             "or srun, which tell each process its rank."
         )
     return 0, 1, 0
-
-
-def first_host(node_list: str) -> str:
-    """The first host of a Slurm node list: `gpu[003-007,9],login1` -> `gpu003`."""
-    match = re.match(r"([^\[,]+)(?:\[(\w+))?", node_list)
-    assert match, f"{node_list!r} is no Slurm node list"
-    return match[1] + (match[2] or "")
 
 
 def _pick_device(name: str | None, local_rank: int) -> torch.device:
