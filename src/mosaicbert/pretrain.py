@@ -7,12 +7,15 @@ from typing import Any
 
 from mosaicbert import run
 from mosaicbert.config import PretrainConfig, load_config
+from mosaicbert.data.batch_size import GrowingBatch, growing_batch
 from mosaicbert.data.loader import build_text_loader
 from mosaicbert.data.tokenizers import load_tokenizer
 from mosaicbert.duration import Duration
+from mosaicbert.errors import ConfigError
 from mosaicbert.launch import add_launch_arguments, launch
 from mosaicbert.models.build import build_model, is_packed
 from mosaicbert.models.checkpoints import load_weights
+from mosaicbert.train.distributed import Ranks
 from mosaicbert.train.metrics import MaskedLM
 from mosaicbert.train.record import TrainResult
 
@@ -49,11 +52,12 @@ def _pretrain(config: PretrainConfig) -> TrainResult:
         }
         train_loader = build_text_loader(
             config.train_loader,
-            batch_size=config.global_train_batch_size,
+            batch_size=_batch_size(config, ranks),
             microbatch_samples=run.microbatch_samples(config, ranks, config.max_seq_len),
             training=True,
             mlm_probability=config.mlm_probability,
-            total_samples=_total_samples(config),
+            max_duration=Duration.parse(config.max_duration),
+            subset_batches=config.train_subset_num_batches,
             **shape,
         )
         eval_loaders = {}
@@ -64,6 +68,7 @@ def _pretrain(config: PretrainConfig) -> TrainResult:
                 microbatch_samples=config.device_eval_batch_size,
                 training=False,
                 mlm_probability=config.mlm_probability,
+                subset_batches=config.eval_subset_num_batches,
                 **shape,
             )
             eval_loaders["eval"] = (eval_loader, MaskedLM)
@@ -85,12 +90,17 @@ def _mean_mask_rate(config: PretrainConfig) -> float:
     return sum(rate) / len(rate) if isinstance(rate, list) else rate
 
 
-def _total_samples(config: PretrainConfig) -> int | None:
-    """Samples of the whole run, for a mask rate that moves; None where the unit does not tell."""
-    total = Duration.parse(config.max_duration)
-    if total.unit == "sp":
-        return int(total.value)
-    return int(total.value) * config.global_train_batch_size if total.unit == "ba" else None
+def _batch_size(config: PretrainConfig, ranks: Ranks) -> int | GrowingBatch:
+    """Samples of a global batch, or what tells them by the samples before it."""
+    full, warmup = config.global_train_batch_size, config.batch_size_warmup
+    if warmup is None:
+        return full
+    if warmup.start % ranks.world_size:
+        raise ConfigError(
+            f"batch_size_warmup.start: {warmup.start} is not divisible by the {ranks.world_size} "
+            f"ranks of this run. Choose a multiple of {ranks.world_size}."
+        )
+    return growing_batch(warmup, full, Duration.parse(config.max_duration))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -135,17 +135,24 @@ def test_subset_of_batches(data: Path) -> None:
     assert loader(data, subset_batches=-1).num_samples == 48
 
 
-def test_mask_rate_moves_over_the_run(data: Path) -> None:
-    moving = loader(data, mlm_probability=[0.0, 1.0], total_samples=100)
+@pytest.mark.parametrize("length", ["96sp", "12ba", "2ep"])
+def test_mask_rate_moves_over_the_run(data: Path, length: str) -> None:
+    moving = loader(data, mlm_probability=[0.0, 1.0], max_duration=length)
     shares = []
     for epoch in (0, 1):
         for step in moving.steps(epoch):
             targets = sum(batch.num_targets for batch in step.microbatches)
             tokens = sum(batch.num_tokens - 2 * batch.num_samples for batch in step.microbatches)
             shares.append(targets / tokens)
-    np.testing.assert_allclose(shares, np.linspace(0.04, 0.96, 12), atol=0.12)
-    with pytest.raises(ConfigError, match="length in samples is not known"):
-        loader(data, mlm_probability=[0.3, 0.15])
+    np.testing.assert_allclose(shares, np.linspace(1 / 24, 23 / 24, 12), atol=0.12)
+
+
+def test_mask_rates_that_cannot_be(data: Path) -> None:
+    moving = {"mlm_probability": [0.3, 0.15]}
+    for length, size in ((None, 8), ("5000tok", 8), ("1h", 8), ("9ba", lambda done: 8)):
+        with pytest.raises(ConfigError, match="does not tell its samples"):
+            loader(data, max_duration=length, batch_size=size, **moving)
+    assert loader(data, training=False, **moving).num_samples == 48
     with pytest.raises(ConfigError, match="the first and the last"):
         loader(data, mlm_probability=[0.3, 0.2, 0.15])
 

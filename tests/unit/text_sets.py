@@ -13,6 +13,7 @@ from mosaicbert.data.loader import build_text_loader
 from mosaicbert.data.mds import MDSWriter
 from mosaicbert.data.steps import StepLoader
 from mosaicbert.data.tokenizers import load_tokenizer
+from mosaicbert.duration import Duration
 
 BERT = load_tokenizer("bert-base-uncased")
 WORDS = [
@@ -59,7 +60,7 @@ def loader(
     world_size: int = 1,
     packed: bool = True,
     training: bool = True,
-    total_samples: int | None = None,
+    max_duration: str | None = None,
     subset_batches: int | None = None,
     **dataset: Any,
 ) -> StepLoader:
@@ -80,7 +81,7 @@ def loader(
         grid=False,
         training=training,
         mlm_probability=0.3,
-        total_samples=total_samples,
+        max_duration=Duration.parse(max_duration) if max_duration else None,
         subset_batches=subset_batches,
     )
 

@@ -6,6 +6,7 @@ from pydantic import Field, PositiveInt
 
 from mosaicbert.config.sections import (
     AlgorithmsConfig,
+    BatchSizeWarmupConfig,
     CallbacksConfig,
     LoaderConfig,
     LoggersConfig,
@@ -98,7 +99,9 @@ class PretrainConfig(TrainerConfig):
     tokenizer_name: str = "bert-base-uncased"
     """Tokenizer, for `${tokenizer_name}`."""
     mlm_probability: Probability | list[Probability] = 0.15
-    """Share of tokens to predict, for `${mlm_probability}`."""
+    """Share of tokens to predict, for `${mlm_probability}`; two values: moved over the run."""
+    batch_size_warmup: BatchSizeWarmupConfig | None = None
+    """Grow the batch up to `global_train_batch_size`."""
     model: ModelConfig
     """Architecture and weights."""
     train_loader: LoaderConfig

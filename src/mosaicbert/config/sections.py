@@ -223,6 +223,15 @@ class SchedulerConfig(Strict):
     """`warmup_stable_decay`: shape of that decay."""
 
 
+class BatchSizeWarmupConfig(Strict):
+    """`batch_size_warmup`: small batches first (pre-training)."""
+
+    start: PositiveInt
+    """First batch size. It grows by so much at a time, and divides `global_train_batch_size`."""
+    t_warmup: TimeString = "0.1dur"
+    """Growth to the full size: in samples (`sp`), or `dur` of a `max_duration` in samples."""
+
+
 class GradientClippingConfig(Strict):
     """`algorithms.gradient_clipping`."""
 

@@ -16,6 +16,7 @@ from mosaicbert.data.reader import TokenReader
 from mosaicbert.data.steps import BatchPlan, StepLoader, StepShape
 from mosaicbert.data.stream import ShardSet
 from mosaicbert.data.tokenizers import load_tokenizer
+from mosaicbert.duration import Duration
 from mosaicbert.errors import ConfigError
 
 PREDOWNLOAD_BATCHES = 8
@@ -30,6 +31,7 @@ class _MaskedText:
     order: Order
     masker: Masker
     probability: float | Sequence[float]
+    samples_of_epoch: int
     total_samples: int | None
     training: bool
     predownload: int
@@ -39,7 +41,7 @@ class _MaskedText:
             epoch = 0  # every evaluation sees the same samples and masks
         self._fetch_ahead(epoch, start, end + self.predownload)
         places = self.order.locate(epoch, start, end)
-        done = places.positions + epoch * self.order.num_samples
+        done = places.positions + epoch * self.samples_of_epoch
         probability = interpolate(self.probability, done, self.total_samples)
         return self.masker.mask(self.reader.read(places), places.positions, epoch, probability)
 
@@ -62,7 +64,7 @@ def build_text_loader(
     grid: bool,
     training: bool,
     mlm_probability: float | Sequence[float],
-    total_samples: int | None = None,
+    max_duration: Duration | None = None,
     subset_batches: int | None = None,
 ) -> StepLoader:
     """Batches of masked text for one rank, from the data set that `config` names.
@@ -77,8 +79,8 @@ def build_text_loader(
         grid: sizes are rounded to a few, for torch.compile.
         training: False gives every epoch the samples and masks of the first.
         mlm_probability: for a data set that has none of its own; two values move linearly over
-            `total_samples`, and stay at the last in evaluations.
-        total_samples: of the whole run.
+            `max_duration`, and stay at the last in evaluations.
+        max_duration: of the whole run.
         subset_batches: take only so many batches of an epoch; None or -1 takes all.
 
     Raises:
@@ -89,7 +91,7 @@ def build_text_loader(
     tokenizer = load_tokenizer(dataset.tokenizer_name)
     own = dataset.mlm_probability
     probability = mlm_probability if own is None else own
-    _check_probability(probability, moves=training, total_samples=total_samples)
+    _check_probability(probability)
     reader, order = open_text(dataset, tokenizer)
     masker = make_masker(dataset, tokenizer)
     is_part = subset_batches is not None and subset_batches >= 0
@@ -105,8 +107,16 @@ def build_text_loader(
         rank=rank,
         world_size=world_size,
     )
+    samples_of_epoch = plan.num_samples(0)
+    total = _samples_of_run(max_duration, samples_of_epoch, batch_size) if training else None
+    if training and total is None and not isinstance(probability, int | float):
+        raise ConfigError(
+            f"mlm_probability moves over the run, but max_duration: {max_duration} does not tell "
+            "its samples. Give max_duration in samples (sp), epochs (ep) or, where the batch size "
+            "stays the same, in batches (ba)."
+        )
     ahead = _look_ahead(dataset, plan.size_at(0, 0))
-    text = _MaskedText(reader, order, masker, probability, total_samples, training, ahead)
+    text = _MaskedText(reader, order, masker, probability, samples_of_epoch, total, training, ahead)
     return StepLoader(text, plan, shape, config)
 
 
@@ -157,15 +167,18 @@ def _look_ahead(dataset: DatasetConfig, batch_size: int) -> int:
     return dataset.shuffle_block_size if dataset.shuffle else PREDOWNLOAD_BATCHES * batch_size
 
 
-def _check_probability(
-    probability: float | Sequence[float], moves: bool, total_samples: int | None
-) -> None:
-    if isinstance(probability, int | float):
-        return
-    if len(probability) != 2:
+def _check_probability(probability: float | Sequence[float]) -> None:
+    if not isinstance(probability, int | float) and len(probability) != 2:
         raise ConfigError("mlm_probability: give one value, or the first and the last.")
-    if moves and total_samples is None:
-        raise ConfigError(
-            "mlm_probability moves over the run, whose length in samples is not known: give "
-            "max_duration in samples, batches or epochs."
-        )
+
+
+def _samples_of_run(
+    max_duration: Duration | None, samples_of_epoch: int, batch_size: int | Callable[[int], int]
+) -> int | None:
+    """Samples of the whole run; None where its unit does not tell."""
+    units = {"sp": 1, "ep": samples_of_epoch}
+    if not callable(batch_size):
+        units["ba"] = batch_size
+    if max_duration is None or max_duration.unit not in units:
+        return None
+    return int(max_duration.value) * units[max_duration.unit]

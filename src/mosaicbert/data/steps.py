@@ -70,6 +70,10 @@ class BatchPlan:
         whole, rest = divmod(max(self._limit(epoch) - start, 0), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
+    def num_samples(self, epoch: int) -> int:
+        """How many samples all of an epoch's batches hold."""
+        return max((end for _, _, end in self.batches(epoch, 0)), default=0)
+
     def size_at(self, epoch: int, start: int) -> int:
         """Samples of the batch that starts there."""
         if callable(self.batch_size):
@@ -80,6 +84,8 @@ class BatchPlan:
         """Positions of an epoch that batches may take."""
         if self.subset_batches is None:
             return self.num_positions
+        if not callable(self.batch_size):
+            return min(self.subset_batches * self.batch_size, self.num_positions)
         limit = 0
         for _ in range(self.subset_batches):
             limit = min(limit + self.size_at(epoch, limit), self.num_positions)
@@ -107,7 +113,7 @@ class StepLoader:
         self._dataset = _StepDataset(make_samples, shape)
         self._ranges = _Ranges()
         self._loader = _data_loader(self._dataset, self._ranges, config)
-        self.num_samples = max((end for _, _, end in plan.batches(0, 0)), default=0)
+        self.num_samples = plan.num_samples(0)
         """Samples of one epoch's batches, over all ranks."""
         if not self.num_samples:
             raise DataError(
