@@ -87,7 +87,7 @@ def load_predictor(
     use_gpu = device != "cpu" and torch.cuda.is_available()
     with local_copy(checkpoint) as local:
         found = _task_of(*read_state_dict(local))
-        task = task or found
+        task = task or (found if found != "mlm" else None)  # masks are filled on request only
         if task is None or not _fits(task, found):
             raise ConfigError(
                 f"{checkpoint} has no head for {task or 'classification'}, but "
