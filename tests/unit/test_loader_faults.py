@@ -1,7 +1,9 @@
 """The text loader on damaged, foreign and remote data."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +116,32 @@ def test_a_worker_that_dies_is_an_error(data: Path) -> None:
         next(dying.steps(0))
 
 
-def _die(epoch: int, start: int, end: int) -> list[Any]:
-    import os
-    import signal
+def test_a_workers_sigterm_is_the_trainers_to_answer(data: Path) -> None:
+    """A scheduler sends SIGTERM to the whole group; the step at hand must still get its data."""
+    undisturbed = [sequences(step) for step in loader(data).steps(0)]
+    terminated = loader(data, num_workers=1)
+    terminated._dataset._make_samples = _Terminated(terminated._dataset._make_samples)
+    assert [sequences(step) for step in terminated.steps(0)] == undisturbed
+    terminated.close()
 
+
+class _Terminated:
+    """Makes samples as ever, after a SIGTERM to its own process the first time."""
+
+    def __init__(self, make_samples: Any) -> None:
+        self.make_samples, self.is_first = make_samples, True
+
+    def __call__(self, epoch: int, start: int, end: int) -> Any:
+        if self.is_first:
+            os.kill(os.getpid(), signal.SIGTERM)
+            self.is_first = False
+        return self.make_samples(epoch, start, end)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.make_samples, name)
+
+
+def _die(epoch: int, start: int, end: int) -> list[Any]:
     os.kill(os.getpid(), signal.SIGKILL)
     return []
 

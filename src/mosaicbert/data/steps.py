@@ -230,9 +230,12 @@ def _unchanged(result: Any) -> Any:
 def _start_worker(_: int) -> None:
     """One thread for each worker: it is the workers that share the cores.
 
-    Ctrl-C reaches them too, but it is the trainer that decides when to end.
+    Ctrl-C reaches them too, and so does the SIGTERM that a scheduler sends to a process group,
+    but it is the trainer that decides when to end. A second SIGTERM ends a worker: it is how torch
+    removes one that does not leave by itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 
