@@ -95,7 +95,7 @@ def test_the_guide(home, monkeypatch, capsys):
         elif language == "python":
             exec(text, {})
     said = capsys.readouterr().out
-    assert "5 folds: mean and standard deviation" in said
+    assert "3 folds: mean and standard deviation" in said
     assert {"happy", "angry"} & set(said.splitlines())  # of the block in Python
 
     config = json.loads((home / "checkpoints/reviews/best/config.json").read_text())
