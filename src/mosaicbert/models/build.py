@@ -1,6 +1,7 @@
 """A model from the `model` section of a YAML; and its compilation."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -192,20 +193,30 @@ def is_packed(model: nn.Module) -> bool:
 
 
 def compile_model(model: nn.Module) -> None:
-    """Compile in place, for batches of few shapes.
+    """Compile in place; in evaluation the model runs as it is written.
 
-    Mosaic BERT: layer by layer. All layers have the same code and shapes, so that one graph serves
-    all and compilation takes seconds; what lies between layers is fused into none of them anyway.
-    HF BERT: the whole forward pass.
+    Mosaic BERT: layer by layer. All layers have the same code, so that one graph for batches of
+    every size serves them all and compilation takes seconds; what lies between layers is fused
+    into none of them anyway. Evaluation has the same kernels, and graphs of its own would cost
+    more seconds than they save. HF BERT: the whole forward pass, for batches of few shapes.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPH_LIMIT)
+    trained: Any = model
     if not isinstance(model, MosaicBertPreTrainedModel):
-        model.compile(dynamic=False)
+        trained._compiled_call_impl = _compiled(model._call_impl, model, dynamic=False)
         return
     encoder: Any = model.base_model
-    encoder.embeddings.compile(dynamic=False, fullgraph=True)
-    for layer in encoder.encoder.layer:
-        layer.compile(dynamic=False, fullgraph=True)
+    for part in (encoder.embeddings, *encoder.encoder.layer):
+        part._compiled_call_impl = _compiled(part._call_impl, model, dynamic=True, fullgraph=True)
     if isinstance(model, MosaicBertForMaskedLM):
-        compiled = torch.compile(model.head_loss, dynamic=False, fullgraph=True)
-        model.head_loss = compiled  # type: ignore[method-assign]
+        trained.head_loss = _compiled(model.head_loss, model, dynamic=True, fullgraph=True)
+
+
+def _compiled(function: Callable[..., Any], model: nn.Module, **options: Any) -> Callable[..., Any]:
+    """`function`, compiled for when `model` is in training mode."""
+    compiled = torch.compile(function, **options)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (compiled if model.training else function)(*args, **kwargs)
+
+    return call

@@ -152,7 +152,8 @@ def layer_norm_forward(
         launch(
             _norm_forward_kernel, (triton.cdiv(num_rows, FORWARD["ROWS"]),), x, residual, weight,
             bias, x_bias, x if seed is None else seed, out, mean, rstd, num_rows, WIDTH=width,
-            EPS=eps, X_BIAS=x_bias is not None, **dropout, COLS=triton.next_power_of_2(width), **FORWARD,
+            EPS=eps, X_BIAS=x_bias is not None, **dropout, COLS=triton.next_power_of_2(width),
+            **FORWARD,
         )  # fmt: skip
     return out, mean, rstd
 
