@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import TinyLoader, TinyModel, assert_same, make_trainer, moments, weights
 
+from mosaicbert.config.sections import HealthCheckerConfig
 from mosaicbert.errors import CheckpointError, ConfigError
 from mosaicbert.train import store
+from mosaicbert.train.monitors import HealthChecker
 from mosaicbert.train.store import SaveFolder, locate
 
 OPTIMIZERS = ["decoupled_adamw", "adamw", "stable_adamw", "muon"]
@@ -317,3 +319,27 @@ def test_autoresume_without_a_save_folder():
     trainer, _ = make_trainer(autoresume=True)
     with pytest.raises(ConfigError, match="save_folder"):
         trainer.fit()
+
+
+def test_a_resumed_run_judges_as_the_uninterrupted_one(tmp_path):
+    def run(duration, folder, **changes):
+        checker = HealthChecker(HealthCheckerConfig(on_spike="skip", spike_factor=1.001))
+        trainer, _ = make_trainer(
+            max_duration=duration,
+            save_folder=str(folder),
+            optimizer={"lr": 1e-4},  # hardly learns: losses only move about
+            scheduler={"name": "constant_with_warmup", "t_warmup": "0ba"},
+            monitors=[checker],
+            evaluate=False,
+            **changes,
+        )
+        trainer.fit()
+        return checker.state_dict(), weights(trainer)
+
+    judged, trained = run("30ba", tmp_path / "whole")
+    assert judged["num_spikes"] > 0
+    assert len(judged["losses"]) == 30
+    run("14ba", tmp_path / "cut")
+    again, weights_again = run("30ba", tmp_path / "cut", autoresume=True)
+    assert again == judged
+    assert_same(weights_again, trained)

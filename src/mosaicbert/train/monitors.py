@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -307,6 +307,21 @@ class HealthChecker:
                 f"last after {where}. Lower optimizer.lr, or go back to an older checkpoint."
             )
         return verdict
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know to judge as this one would."""
+        return {
+            "losses": list(self.losses),
+            "num_bad_steps": self.num_bad_steps,
+            "num_spikes": self.num_spikes,
+            "skips_in_a_row": self._skips_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.losses.extend(state["losses"])
+        self.num_bad_steps, self.num_spikes = state["num_bad_steps"], state["num_spikes"]
+        self._skips_in_a_row = state["skips_in_a_row"]
 
     def after_step(self, record: StepRecord, trainer: "Trainer") -> dict[str, float]:
         """How many steps were bad so far."""

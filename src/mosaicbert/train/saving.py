@@ -2,7 +2,7 @@
 
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mosaicbert.errors import ConfigError, TrainingError
 from mosaicbert.train.best import Best
 from mosaicbert.train.checkpoint import Checkpoint, load_model, load_optimizer, take_snapshot
 from mosaicbert.train.distributed import Ranks
+from mosaicbert.train.record import Monitor
 from mosaicbert.train.store import CheckpointWriter, SaveFolder, check_save_folder, locate
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Saving:
         """Batch of the last save."""
         self.best: Best | None = None
         self._resumed: dict[str, Any] = {}
+        self._stateful: dict[str, Any] = {}
         self._told_at = -1
         self._write_assets = write_assets
         self._writer: CheckpointWriter | None = None
@@ -81,6 +83,13 @@ class Saving:
         if best.keep and best.evaluations and self._writer is not None:
             self._writer.kept = best.best["checkpoint"]
 
+    def watch(self, monitors: Sequence[Monitor]) -> None:
+        """Note the state of monitors that have one from now on; go on from that of the past."""
+        self._stateful = {type(m).__name__: m for m in monitors if hasattr(m, "state_dict")}
+        for name, state in self._resumed.get("monitors", {}).items():
+            if name in self._stateful:
+                self._stateful[name].load_state_dict(state)
+
     @property
     def kept(self) -> str | None:
         """The checkpoint of the best evaluation, on all ranks."""
@@ -110,6 +119,7 @@ class Saving:
                 "torch": str(torch.__version__),
                 "config": self._settings(),
                 "evaluations": self.best.evaluations if self.best else [],
+                "monitors": {name: m.state_dict() for name, m in self._stateful.items()},
             }
             self._writer.save(take_snapshot(self.model, self.optimizer, progress, state))
         self.saved_at = progress.batch

@@ -22,6 +22,7 @@ from mosaicbert.train.clock import Clock
 from mosaicbert.train.distributed import Ranks
 from mosaicbert.train.metrics import MetricFactory
 from mosaicbert.train.optim import build_optimizer
+from mosaicbert.train.reading import Reading
 from mosaicbert.train.record import Logger, Monitor, StepRecord, TrainResult
 from mosaicbert.train.saving import Saving
 from mosaicbert.train.schedule import check_schedule, is_due, lr_factor
@@ -33,8 +34,8 @@ class _Pending:
     """A step whose numbers the host has not read from the device yet."""
 
     progress: Progress
-    loss: Tensor
-    grad_norm: Tensor | None
+    loss: Reading
+    grad_norm: Reading | None
     lr: dict[str, float]
     num_tokens: int
     num_samples: int
@@ -107,6 +108,7 @@ class Trainer:
         """
         with self.signals, self._closing_loggers(), self._explaining_memory():
             self.progress = self.saving.start()
+            self.saving.watch(self.monitors)
             if self.best is not None:
                 self.saving.follow(self.best)
             self._clock.start(self.progress.seconds)
@@ -133,7 +135,13 @@ class Trainer:
         self._report()  # on the step before this one: the device is done with it by now
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         self._pending = _Pending(
-            replace(self.progress), loss, grad_norm, rates, num_tokens, step.num_samples, waited
+            replace(self.progress),
+            Reading(loss),
+            None if grad_norm is None else Reading(grad_norm),
+            rates,
+            num_tokens,
+            step.num_samples,
+            waited,
         )
         if not self._lags:
             self._report()
@@ -198,7 +206,7 @@ class Trainer:
         return exhausted or self.progress.fraction_of(self.total) >= 1
 
     def _steps(self) -> Iterator[tuple[Step, bool, float]]:
-        """Steps until the run is done; whether each ends its epoch; seconds waited for it."""
+        """Steps until the run is done; whether each ends its epoch; seconds lost waiting for it."""
         while not self.is_done:
             left = self._steps_left()
             epoch = self.progress.epoch
@@ -211,7 +219,10 @@ class Trainer:
                         f"The training data of epoch {epoch} ended after {number - 1} of {left} "
                         "batches. Check the data set for missing shards."
                     )
-                yield step, number == left, time.monotonic() - began
+                waited = time.monotonic() - began
+                if self._pending is not None and not self._pending.loss.is_here:
+                    waited = 0.0  # the device has not: it is still at work on the step before
+                yield step, number == left, waited
                 if self.is_done:
                     return
 
@@ -311,8 +322,8 @@ class Trainer:
         step, self._pending = self._pending, None
         if step is None:
             return
-        self._last_loss = float(step.loss)  # waits for the device
-        norm = None if step.grad_norm is None else float(step.grad_norm)
+        self._last_loss = step.loss.get()  # waits for the device
+        norm = None if step.grad_norm is None else step.grad_norm.get()
         record = StepRecord(
             progress=step.progress,
             loss=self._last_loss,
