@@ -51,7 +51,6 @@ class Row:
     model: str  # hf_bert, modernbert, mosaic_bert, mosaic_bert_v2
     microbatch: int  # samples of full length
     compile: bool = True
-    dynamic: bool = False  # one graph for all sizes
     whole: bool = False  # the last layer on all tokens, not on the masked ones alone
     seq: int = 128
     mlm: float = 0.3
@@ -71,7 +70,6 @@ ROWS = {
     "mosaic 256": Row("mosaic_bert", 256),
     "mosaic 512": Row("mosaic_bert", 512),
     "mosaic 512 whole": Row("mosaic_bert", 512, whole=True),
-    "mosaic 512 dynamic": Row("mosaic_bert", 512, dynamic=True),
     "mosaic 1024": Row("mosaic_bert", 1024),
     "mosaic 512 eager": Row("mosaic_bert", 512, compile=False),
     "mosaic 512 no dropout": Row("mosaic_bert", 512, changes=PLAIN),
@@ -148,7 +146,7 @@ def build(row: Row, args: argparse.Namespace, ranks: Ranks) -> Bench:
     if row.whole:
         model.loss = types.MethodType(whole_loss, model)
     if row.compile:
-        compile_row(model, row)
+        model.compiled() if row.model == "modernbert" else compile_model(model)
     num_samples = max(1, args.batch * 128 // seq) if not args.tiny else 8
     samples = made_up_samples(num_samples, seq, vocab_size=VOCAB_SIZE, mlm_probability=row.mlm)
     step = made_up_step(
@@ -168,19 +166,6 @@ def whole_loss(model: Any, batch: Batch, return_logits: bool = False) -> LossOut
     return LossOutput(model.head_loss(x, batch.labels)[0])
 
 
-def compile_row(model: Any, row: Row) -> None:
-    """Compile as the trainer would; or with sizes that may differ."""
-    if row.model == "modernbert":
-        model.compiled()
-        return
-    compile_model(model)
-    if row.dynamic:
-        model.bert.embeddings.compile(dynamic=True, fullgraph=True)
-        for layer in model.bert.encoder.layer:
-            layer.compile(dynamic=True, fullgraph=True)
-        model.head_loss = torch.compile(type(model).head_loss.__get__(model), dynamic=True)
-
-
 def warm_up(bench: Bench) -> dict[str, Any]:
     """Compile and warm up; what that took and left."""
     counters = torch._dynamo.utils.counters
@@ -195,9 +180,7 @@ def warm_up(bench: Bench) -> dict[str, Any]:
     }
 
 
-def measure(
-    args: argparse.Namespace, ranks: Ranks
-) -> tuple[list[dict[str, Any]], dict[str, Bench]]:
+def measure(args: argparse.Namespace, ranks: Ranks) -> list[dict[str, Any]]:
     """All rows: what they are, their times, and what these come to."""
     benches: dict[str, Bench] = {}
     rows: dict[str, dict[str, Any]] = {}
@@ -211,6 +194,9 @@ def measure(
                 "microbatches": len(benches[name].microbatches),
             }
             row |= warm_up(benches[name])
+            log(f"  {row['graphs']} graphs, {row['warm_up_seconds']} s")
+            if name in args.profile and args.device != "cpu":
+                row["profile"] = profile(name, benches[name])
         except Exception as error:  # a row that cannot be does not end the others
             benches.pop(name, None)
             row["error"] = f"{type(error).__name__}: {str(error)[:500]}"
@@ -222,11 +208,12 @@ def measure(
         for name, bench in benches.items():
             bench.step()  # the allocator's memory is its own again
             times[name].append(bench.seconds(args.steps))
+            log(f"{name}: {bench.num_tokens / times[name][-1]:,.0f} tok/s")
             bench.model.zero_grad()
             release()
     for name, bench in benches.items():
         rows[name] |= {"step_seconds": times[name], **bench.rates(statistics.median(times[name]))}
-    return list(rows.values()), benches
+    return list(rows.values())
 
 
 def release() -> None:
@@ -401,7 +388,7 @@ def main() -> int:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     ranks = Ranks(0, 1, 0, torch.device(args.device))
-    rows, benches = measure(args, ranks)
+    rows = measure(args, ranks)
     table(rows)
     record: dict[str, Any] = {
         "claim": "tokens a second of a training step: forward, backward and update",
@@ -415,10 +402,9 @@ def main() -> int:
         "samples_per_step": args.batch,
         "rows": rows,
     }
-    if args.device != "cpu":
-        record["profiles"] = [profile(n, benches[n]) for n in args.profile if n in benches]
-        if args.picture and record["profiles"]:
-            draw(record["profiles"][0], args.picture)
+    profiles = [row["profile"] for row in rows if "profile" in row]
+    if args.picture and profiles:
+        draw(profiles[0], args.picture)
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0
