@@ -17,9 +17,10 @@ from mosaicbert.data.examples import Examples, sample_examples
 def build_my_data(split: str) -> Examples:
     """The examples of `split`, the name that `train_loader.split` or `eval_loader.split` gives.
 
-    Return `Examples.from_texts(texts, labels)`: texts as strings (or pairs of strings), labels as
-    numbers or names; float labels make it a regression. This default is the bundled task: what
-    kind of source a passage comes from.
+    Return `Examples.from_texts(texts, labels, names=["no", "yes"])`: texts as strings (or pairs of
+    strings), labels as names or numbers, and the classes there are. Floats without `names` make it
+    a regression, lists of names multi-label data. This default is the bundled task: what kind of
+    source a passage comes from.
     """
     return sample_examples(split)
 

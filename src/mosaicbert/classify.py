@@ -127,7 +127,15 @@ def read_data(config: ClassifyConfig, build_data: DataHook) -> list[tuple[Labell
     """
     data, num_labels, seed = config.data, config.model.num_labels, config.seed
     if data is None:
-        return [(build_data(config.train_loader.split), build_data(config.eval_loader.split))]
+        train, validation = (
+            build_data(loader.split) for loader in (config.train_loader, config.eval_loader)
+        )
+        if train.label_names != validation.label_names:
+            raise ConfigError(
+                f"The classes of the training data are {train.label_names}, those of the "
+                f"validation data {validation.label_names}: give both the same names."
+            )
+        return [(train, validation)]
     of_tokens = data.task == "token_classification"
     if data.folds is None:
         read = read_token_examples if of_tokens else read_examples

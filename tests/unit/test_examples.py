@@ -237,3 +237,31 @@ def test_folds_validate_each_example_once() -> None:
 def test_class_weights_balance() -> None:
     weights = class_weights(examples([0, 0, 0, 1, 1, 2]))
     assert np.allclose(weights * [3, 2, 1], 2.0)
+
+
+def test_texts_from_anywhere() -> None:
+    made = Examples.from_texts(["a", "b", "c", "d"], np.array([3, 1, 3, 1]))
+    assert (made.labels.tolist(), made.label_names) == ([1, 0, 1, 0], ("1", "3"))
+    made = Examples.from_texts([("a", "b"), ("c", "d")], ["yes", "yes"], names=["no", "yes"])
+    assert (made.texts, made.pairs) == (["a", "c"], ["b", "d"])
+    assert (made.labels.tolist(), made.label_names) == ([1, 1], ("no", "yes"))
+    made = Examples.from_texts(["a", "b"], [0.5, 2.0])
+    assert (made.kind, made.labels.tolist(), made.label_names) == ("regression", [0.5, 2.0], None)
+    made = Examples.from_texts(["a", "b"], [["x"], []], names=["x", "y"])
+    assert (made.kind, made.labels.tolist()) == ("multilabel", [[1, 0], [0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "said"),
+    [
+        (["a", "b"], ["x"], "2 texts (0 of them pairs) and 1 labels"),
+        ([], [], "one at least"),
+        (["a", ("b", "c")], ["x", "y"], "1 of them pairs"),
+        (["a", " "], ["x", "y"], "the text is empty in row 2"),
+        (["a", "b"], ["x", "z"], '"z" (row 2) is not among'),
+    ],
+)
+def test_texts_from_anywhere_are_checked(texts: Any, labels: Any, said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        Examples.from_texts(texts, labels, names=["x", "y"])
+    assert said in str(caught.value)

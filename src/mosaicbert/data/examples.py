@@ -6,28 +6,33 @@ count from 1, without the header.
 
 import logging
 import math
-import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import KFold, StratifiedKFold, train_test_split
 
 from mosaicbert.config.jobs import OwnDataConfig
+from mosaicbert.data.labels import (
+    Encoded,
+    Kind,
+    LabelCells,
+    encode_labels,
+    kind_of,
+    learn_names,
+    rows_text,
+)
 from mosaicbert.data.sample import classification_file
 from mosaicbert.data.tables import read_table
 from mosaicbert.data.tokens import TokenExamples
-from mosaicbert.errors import ConfigError, DataError, did_you_mean
+from mosaicbert.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["classification", "regression", "multilabel"]
 Labelled = TypeVar("Labelled", "Examples", TokenExamples)
-_YES_NO = {"1": 1.0, "true": 1.0, "0": 0.0, "false": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +46,47 @@ class Examples:
 
     texts: list[str]
     pairs: list[str] | None  # the second texts
-    labels: NDArray[np.int64] | NDArray[np.float32]
+    labels: Encoded
     label_names: tuple[str, ...] | None
     kind: Kind
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: Sequence[str] | Sequence[tuple[str, str]],
+        labels: Sequence[Any],
+        kind: Kind | None = None,
+        names: Sequence[str] | None = None,
+    ) -> "Examples":
+        """From texts (or pairs of texts) and their labels, wherever they come from.
+
+        Args:
+            labels: a name or number each; floats make it a regression, lists multi-label data.
+            kind: where the labels do not tell.
+            names: the classes, in order. Default: those that the labels have, sorted.
+
+        Raises:
+            DataError: a text is empty, or the labels are of no use.
+        """
+        pairs = [text for text in texts if not isinstance(text, str)]
+        if len(texts) != len(labels) or not texts or len(pairs) not in (0, len(texts)):
+            raise DataError(
+                f"{len(texts)} texts ({len(pairs)} of them pairs) and {len(labels)} labels: give "
+                "as many of both, one at least, and all texts single or all of them pairs."
+            )
+        columns = list(zip(*pairs, strict=True)) if pairs else [texts]
+        for column in columns:
+            _check_texts("The data", "text", list(column))
+        values = [v.item() if isinstance(v, np.generic) else v for v in labels]
+        if kind is None:
+            is_list, is_float = isinstance(values[0], list), isinstance(values[0], float)
+            kind = "multilabel" if is_list else "regression" if is_float else "classification"
+        cells = LabelCells("The data", ["label"], values)
+        known = learn_names(cells, kind) if names is None else tuple(names)
+        first, *second = map(list, columns)
+        return cls(
+            first, second[0] if second else None, encode_labels(cells, kind, known), known, kind
+        )
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -80,7 +123,8 @@ def read_examples(
     if validation_path is None:
         train, validation = split_examples(train, config.validation_fraction, seed)
     else:
-        validation = _encode(_read_part(validation_path, config), train.kind, train.label_names)
+        part = _read_part(validation_path, config)
+        validation = part.encode(train.kind, train.label_names)
     _warn_of_leaks(train, validation)
     return train, validation
 
@@ -89,14 +133,14 @@ def read_training(config: OwnDataConfig, *, num_labels: int | None = None) -> Ex
     """The whole training file. Raises what `read_examples` does."""
     path = classification_file("train") if config.train == "sample" else config.train
     part = _read_part(path, config)
-    kind = _kind_of(config, num_labels, part)
-    names = _learn_names(part, config, kind)
+    kind = kind_of(config, num_labels, part.labels)
+    names = learn_names(part.labels, kind)
     if num_labels is not None and num_labels != (1 if names is None else len(names)):
         raise ConfigError(
             f"model.num_labels is {num_labels}, but {path} has {len(names or ' ')} "
             f"({', '.join(names or (kind,))}). Leave the key out: the number is learned."
         )
-    return _encode(part, kind, names)
+    return part.encode(kind, names)
 
 
 def sample_examples(split: str) -> Examples:
@@ -165,15 +209,18 @@ def class_weights(examples: Examples) -> NDArray[np.float32]:
 # --- reading one file ----------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Part:
     """One file's columns, before labels have a meaning."""
 
-    path: str | Path
     texts: list[str]
     pairs: list[str] | None
-    columns: list[str]  # of the labels
-    labels: list[Any]  # a value a row, or a tuple of them where there are several columns
+    labels: LabelCells
+
+    def encode(self, kind: Kind, names: tuple[str, ...] | None) -> Examples:
+        return Examples(
+            self.texts, self.pairs, encode_labels(self.labels, kind, names), names, kind
+        )
 
 
 def _read_part(path: str | Path, config: OwnDataConfig) -> _Part:
@@ -189,14 +236,13 @@ def _read_part(path: str | Path, config: OwnDataConfig) -> _Part:
     table = read_table(path, wanted)
     for name in text_columns:
         _check_texts(path, name, table[name])
+    labels = table[label_columns[0]]
+    if several:
+        labels = list(zip(*(table[column] for column in label_columns), strict=True))
     return _Part(
-        path,
         table[text_columns[0]],
         table[text_columns[1]] if len(text_columns) == 2 else None,
-        label_columns,
-        list(zip(*(table[c] for c in label_columns), strict=True))
-        if several
-        else table[label_columns[0]],
+        LabelCells(path, label_columns, labels),
     )
 
 
@@ -205,22 +251,15 @@ def _check_texts(path: str | Path, column: str, values: list[Any]) -> None:
     if foreign:
         kind = type(values[foreign[0]]).__name__
         raise DataError(
-            f'{path}, column "{column}": {_rows(foreign)} hold no text but {kind} '
+            f'{path}, column "{column}": {rows_text(foreign)} hold no text but {kind} '
             f"({values[foreign[0]]!r})."
         )
     empty = [i for i, value in enumerate(values) if value is None or not value.strip()]
     if empty:
         raise DataError(
-            f'{path}, column "{column}": the text is empty in {_rows(empty)}. Fill it in, or '
+            f'{path}, column "{column}": the text is empty in {rows_text(empty)}. Fill it in, or '
             "leave these rows out."
         )
-
-
-def _rows(indices: Sequence[int]) -> str:
-    """`row 3`, or `rows 1, 2, 3, 4, 5 and 12 more`; rows count from 1."""
-    shown = ", ".join(str(index + 1) for index in indices[:5])
-    more = f" and {len(indices) - 5} more" if len(indices) > 5 else ""
-    return f"row{'s' if len(indices) > 1 else ''} {shown}{more}"
 
 
 def _warn_of_leaks(train: Examples, validation: Examples) -> None:
@@ -232,159 +271,4 @@ def _warn_of_leaks(train: Examples, validation: Examples) -> None:
             "%d of %d validation texts are also training texts: scores will be too good.",
             leaked,
             len(validation),
-        )
-
-
-# --- labels --------------------------------------------------------------------------------------
-
-
-def _kind_of(config: OwnDataConfig, num_labels: int | None, part: _Part) -> Kind:
-    if config.task is not None:
-        assert config.task != "token_classification", "read by data.tokens"
-        if config.task != "multilabel" and not isinstance(config.label, str):
-            raise ConfigError(
-                f"data.label names {len(config.label)} columns, which is multi-label data, but "
-                f"data.task is {config.task}."
-            )
-        return config.task
-    if isinstance(part.labels[0], list | tuple):
-        return "multilabel"
-    return "regression" if num_labels == 1 else "classification"
-
-
-def _learn_names(part: _Part, config: OwnDataConfig, kind: Kind) -> tuple[str, ...] | None:
-    """The classes there are, sorted (numbers as numbers): the same in every run."""
-    if kind == "regression":
-        return None
-    if not isinstance(config.label, str):
-        return tuple(config.label)
-    of_rows = _names_of_rows(part) if kind == "multilabel" else [[n] for n in _class_names(part)]
-    first_row = {name: row for row, names in reversed(list(enumerate(of_rows))) for name in names}
-    counts = Counter(name for names in of_rows for name in names)
-    where = f'{part.path}, column "{part.columns[0]}"'
-    if len(counts) < 2 and kind == "classification":
-        raise DataError(f'{where}: every label is "{next(iter(counts))}". Two classes are needed.')
-    if not counts:
-        raise DataError(f"{where}: no row has a label.")
-    if kind == "classification" and all(map(_is_number, counts)) and not all(map(_is_int, counts)):
-        decimal = next(name for name in counts if not _is_int(name))
-        raise DataError(
-            f"{where}: labels such as {decimal} ({_rows([first_row[decimal]])}) are measurements, "
-            "not classes. Set data.task: regression (and no model.num_labels, or 1)."
-        )
-    single = sorted(name for name, count in counts.items() if count == 1)
-    if single:
-        raise DataError(
-            f'{where}: "{single[0]}" has one example ({_rows([first_row[single[0]]])})'
-            + (f", and so have {len(single) - 1} more of {len(counts)}" if single[1:] else "")
-            + ". A class needs two or more: add examples, or leave the row out."
-        )
-    if all(map(_is_int, counts)):
-        return tuple(sorted(counts, key=lambda name: (int(name), name)))
-    return tuple(sorted(counts))
-
-
-def _encode(part: _Part, kind: Kind, names: tuple[str, ...] | None) -> Examples:
-    """Labels as numbers; names that training did not have are errors."""
-    labels: NDArray[np.int64] | NDArray[np.float32]
-    if kind == "regression":
-        labels = _numbers(part)
-    elif names is not None and kind == "classification":
-        of_rows = [[name] for name in _class_names(part)]
-        _check_known(part, of_rows, names)
-        index = {name: i for i, name in enumerate(names)}
-        labels = np.array([index[row[0]] for row in of_rows], np.int64)
-    elif names is not None and isinstance(part.labels[0], tuple):
-        labels = _switches(part)
-    else:
-        assert names is not None
-        of_rows = _names_of_rows(part)
-        _check_known(part, of_rows, names)
-        labels = np.array([[name in row for name in names] for row in of_rows], np.float32)
-    return Examples(part.texts, part.pairs, labels, names, kind)
-
-
-def _class_names(part: _Part) -> list[str]:
-    """One class name a row. The same class reads alike from every format: 1, "1", 1.0 and "1.0"."""
-    names = [_name_of(value) for value in part.labels]
-    where = f'{part.path}, column "{part.columns[0]}"'
-    several = [i for i, value in enumerate(part.labels) if isinstance(value, list | tuple | dict)]
-    if several:
-        raise DataError(
-            f"{where}: {_rows(several)} hold several labels. Set data.task: multilabel."
-        )
-    empty = [i for i, name in enumerate(names) if not name]
-    if empty:
-        raise DataError(f"{where}: {_rows(empty)} have no label.")
-    return names
-
-
-def _name_of(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    name = str(value).strip()
-    return name.partition(".")[0] if re.fullmatch(r"-?\d+\.0+", name) else name
-
-
-def _names_of_rows(part: _Part) -> list[list[str]]:
-    """Several names a row: a list (JSONL, parquet), or text with `|` between the names."""
-    rows = []
-    for index, value in enumerate(part.labels):
-        if isinstance(value, str | None):
-            value = [name for name in (value or "").split("|") if name.strip()]
-        if not isinstance(value, list) or not all(isinstance(n, str | int) for n in value):
-            raise DataError(
-                f'{part.path}, column "{part.columns[0]}", {_rows([index])}: {value!r} is no list '
-                'of labels. Write ["a", "b"], or a|b in text, or give each label a column.'
-            )
-        rows.append(list(dict.fromkeys(_name_of(name) for name in value)))
-    return rows
-
-
-def _switches(part: _Part) -> NDArray[np.float32]:
-    """Multi-label data with one column a label: 0 or 1 (or false, true) in each."""
-    labels = np.zeros((len(part.labels), len(part.columns)), np.float32)
-    for i, row in enumerate(part.labels):
-        for j, value in enumerate(row):
-            switch = _YES_NO.get(_name_of(value).lower())
-            if switch is None:
-                raise DataError(
-                    f'{part.path}, column "{part.columns[j]}", {_rows([i])}: {value!r} is neither '
-                    "0 nor 1."
-                )
-            labels[i, j] = switch
-    return labels
-
-
-def _numbers(part: _Part) -> NDArray[np.float32]:
-    bad = [i for i, value in enumerate(part.labels) if not _is_number(value)]
-    if bad:
-        raise DataError(
-            f'{part.path}, column "{part.columns[0]}": {_rows(bad)} hold no finite number (such as '
-            f"{part.labels[bad[0]]!r}), which regression needs."
-        )
-    return np.array([float(value) for value in part.labels], np.float32)
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except (TypeError, ValueError):
-        return False
-
-
-def _is_int(name: str) -> bool:
-    return re.fullmatch(r"-?\d+", name, re.ASCII) is not None
-
-
-def _check_known(part: _Part, of_rows: list[list[str]], names: tuple[str, ...]) -> None:
-    unseen = [i for i, row in enumerate(of_rows) if not set(row) <= set(names)]
-    if unseen:
-        name = next(name for name in of_rows[unseen[0]] if name not in names)
-        shown = ", ".join(f'"{known}"' for known in names[:20])
-        raise DataError(
-            f'{part.path}, column "{part.columns[0]}": "{name}" ({_rows(unseen)}) is not among the '
-            f"labels of the training data.{did_you_mean(name, names)} Those are: {shown}."
         )

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from mosaicbert.data.examples import Examples, Kind
+from mosaicbert.data.examples import Examples
+from mosaicbert.data.labels import Kind
 from mosaicbert.data.sample import glue_dir
 from mosaicbert.data.tables import Table, read_table
 from mosaicbert.errors import DataError, did_you_mean
