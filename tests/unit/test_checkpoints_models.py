@@ -77,14 +77,19 @@ def test_a_full_composer_checkpoint(tmp_path):
 
 
 def test_a_composer_checkpoint_with_objects_of_its_trainer(tmp_path):
+    import collections
     import datetime
+    import random
 
     import numpy as np
 
     model = mosaic()
     content = composer_content(model)
     content["state"]["timestamp"] = {"wct": datetime.timedelta(seconds=3)}
-    content["rng"].append({"numpy": np.random.default_rng(0).normal(size=3)})
+    window = collections.deque([1.0, 2.0], maxlen=2)
+    counts = collections.defaultdict(list, a=[1.0])
+    content["state"]["callbacks"] = [("SpeedMonitor", {"window": window, "counts": counts})]
+    content["rng"].append({"numpy": np.random.get_state(), "python": random.getstate()})
     torch.save(content, tmp_path / "full.pt")
     same_logits(load(tmp_path / "full.pt"), model)
 
@@ -318,3 +323,48 @@ def test_wrappers_prefixes_fall_away(tmp_path):
     assert set(read_state_dict(tmp_path / "ddp.pt")[0]) == set(model.state_dict())
     torch.save(model.bert.state_dict(), tmp_path / "bare.pt")
     assert "bert.embeddings.LayerNorm.bias" in read_state_dict(tmp_path / "bare.pt")[0]
+
+
+def test_safetensors_under_another_name(tmp_path):
+    model = mosaic()
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    save_file(weights, tmp_path / "weights.bin")
+    same_logits(load(tmp_path / "weights.bin"), model)
+
+
+def test_one_wrong_byte_among_the_weights(tmp_path):
+    torch.save(mosaic().state_dict(), tmp_path / "weights.pt")
+    data = bytearray((tmp_path / "weights.pt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "weights.pt").write_bytes(data)
+    with pytest.raises(CheckpointError, match="checksum"):
+        load(tmp_path / "weights.pt")
+
+
+def test_weights_that_are_no_numbers(tmp_path):
+    weights = {k: v.clone() for k, v in mosaic().state_dict().items()}
+    weights["bert.encoder.layer.0.mlp.wo.weight"][0, 0] = torch.nan
+    torch.save(weights, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"mlp\.wo\.weight \(not finite\)"):
+        load(tmp_path / "weights.pt")
+
+
+@pytest.mark.parametrize("name", ["ep0-ba99", "../elsewhere", ""])
+def test_a_pointer_to_nothing(name, tmp_path):
+    (tmp_path / "save").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "save/latest").write_text(name)
+    with pytest.raises(CheckpointError, match="no folder beside it"):
+        load(tmp_path / "save")
+
+
+def test_a_misspelt_key_beside_the_weights_is_named(tmp_path, caplog):
+    mosaic().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    caplog.clear()
+    load(tmp_path)
+    assert "no key" not in caplog.text
+    config["pre_nrm"] = config.pop("pre_norm")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    load(tmp_path)
+    assert "'pre_nrm' is no key of MosaicBertConfig. Did you mean \"pre_norm\"?" in caplog.text

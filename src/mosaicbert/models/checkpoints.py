@@ -11,6 +11,7 @@ hub. Pickles are read with torch's restricted loader; what it does not know is l
 objects if it belongs to a trainer's state, and refused otherwise.
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig
+from transformers import BertConfig, PretrainedConfig
 
-from mosaicbert.errors import CheckpointError, ConfigError
+from mosaicbert.errors import CheckpointError, ConfigError, did_you_mean
 from mosaicbert.models.configuration import (
     HfBertConfig,
     MosaicBertConfig,
@@ -148,6 +149,7 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> 
         f"{name} ({tensor.dtype})" for name, tensor in weights.items()
         if not tensor.is_floating_point()
     ]  # fmt: skip
+    differing += [f"{n} (not finite)" for n, t in weights.items() if n in own and not _finite(t)]
     if missing or unexpected or differing:
         raise CheckpointError(
             f"{where} does not fit this model.{_listed('Missing', missing)}"
@@ -163,6 +165,10 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> 
             if name in own:
                 rows = min(len(tensor), len(own[name])) if tensor.ndim else None
                 own[name][:rows].copy_(tensor[:rows])
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 def _head(name: str) -> str | None:
@@ -271,10 +277,21 @@ def _known_values(config_class: type, found: Mapping[str, Any]) -> dict[str, Any
     """Of a checkpoint's `config.json`, what this class of configuration knows."""
     drop = {"model_type", "architectures", "auto_map", "transformers_version", "torch_dtype"}
     if config_class is not MosaicBertConfig or found.get("model_type") == "mosaic_bert":
+        _warn_of_unknown(config_class, found)
         return {key: value for key, value in found.items() if key not in drop}
     # the original's hub layout calls itself "bert" and carries BERT's keys
     known = {*MosaicBertConfig().to_dict(), "id2label", "label2id", "problem_type"} - drop
     return {key: value for key, value in found.items() if key in known}
+
+
+def _warn_of_unknown(config_class: type, found: Mapping[str, Any]) -> None:
+    """Name the keys that no configuration of transformers has by itself, nor ours."""
+    known = {*config_class().to_dict(), *PretrainedConfig().to_dict(), "auto_map", "torch_dtype"}
+    known |= {field.name for field in dataclasses.fields(config_class)}
+    for key in found.keys() - known:
+        if not key.startswith("_") and key != "position_embedding_type":
+            near = did_you_mean(key, known)
+            logger.warning("config.json: %r is no key of %s.%s", key, config_class.__name__, near)
 
 
 def _check_same_meaning(config: Any, found: Mapping[str, Any], where: str) -> None:

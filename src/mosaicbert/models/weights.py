@@ -24,6 +24,7 @@ LATEST = "latest"
 """File of a save folder that names its newest checkpoint."""
 TRAINER_STATE = ("composer", "torchmetrics", "numpy", "datetime", "collections", "_codecs", "torch")
 """Modules whose objects a Composer checkpoint holds beside the weights."""
+PLAIN_TYPES = {f"builtins.{kind}" for kind in ("list", "dict", "set", "int", "float", "str")}
 
 
 @contextmanager
@@ -80,15 +81,30 @@ def read_folder_or_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] |
     """Tensors under the names they were saved with, and the configuration beside them."""
     if path.is_dir():
         return _read_folder(path)
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         return _read_safetensors(path), None
     return _from_pickle(path)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its name, or its first bytes: the length of a header of JSON, and that one's brace."""
+    if path.suffix == ".safetensors":
+        return True
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return start[8:] == b"{" and start[:2] not in (b"PK", b"\x80\x02")  # torch's two formats
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     latest = folder / LATEST
     if latest.is_file():
-        folder = folder / latest.read_text().strip()
+        named = folder / latest.read_text(encoding="utf-8", errors="replace").strip()
+        if named.parent != folder or not named.is_dir():
+            raise CheckpointError(f"{latest} names {named.name!r}, which is no folder beside it.")
+        folder = named
     config = folder / "config.json"
     found = _read_json(config) if config.is_file() else None
     for name in INDEX_FILES:
@@ -187,15 +203,43 @@ def _unpickle(path: Path) -> Any:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except (RuntimeError, pickle.UnpicklingError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    refused = [name for name in unknown if name.split(".")[0] not in TRAINER_STATE]
+    refused = [
+        name
+        for name in unknown
+        if name.split(".")[0] not in TRAINER_STATE and name not in PLAIN_TYPES
+    ]
     if refused:
         raise CheckpointError(
             f"{path} holds code, not only tensors: it would call {', '.join(refused)}. Nothing of "
             "it was run. Save the model's state_dict() alone."
         )
-    stubs: list[Any] = [(type("_Inert", (_Inert,), {}), name) for name in unknown]
+    _check_sums(path)
+    # torch's loader fills lists and dicts only
+    containers = {"collections.deque": _no_list, "collections.defaultdict": _no_dict}
+    stubs: list[Any] = [
+        (containers.get(name) or type("_Inert", (_Inert,), {}), name) for name in unknown
+    ]
     with torch.serialization.safe_globals(stubs):
         return _restricted_load(path, mmap=True)
+
+
+def _no_list(*args: object) -> list[object]:
+    return []
+
+
+def _no_dict(*args: object) -> dict[object, object]:
+    return {}
+
+
+def _check_sums(path: Path) -> None:
+    """Torch does not look at the checksums that its files have."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} differs.")
 
 
 def _restricted_load(path: Path, mmap: bool) -> Any:
