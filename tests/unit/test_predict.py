@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -196,6 +197,26 @@ def test_formats_agree(folder, tmp_path):
     lines = (tmp_path / "b.csv").read_text().splitlines()
     assert lines[0] == ",".join(want[0])
     assert lines[1:] == [",".join(map(str, row.values())) for row in want]
+
+
+def test_parts_are_written_before_more_is_read(folder, tmp_path, monkeypatch):
+    """What is in memory does not grow with the file."""
+    happened = []
+
+    def endless(source, columns, num_rows):
+        for number in range(4):
+            happened.append(f"read {number}")
+            yield {"text": ["a text"] * 2}
+
+    @contextmanager
+    def open_table(path):
+        yield lambda table: happened.append(f"wrote {len(table['label'])}")
+
+    monkeypatch.setattr(files, "iter_table", endless)
+    monkeypatch.setattr(files, "open_table", open_table)
+    model = folder("mosaic_bert", "classes")
+    assert files.predict_file(model, "in.csv", tmp_path / "out.csv") == 8
+    assert happened == [word for n in range(4) for word in (f"read {n}", "wrote 2")]
 
 
 def test_bad_rows_are_named_or_skipped(folder, tmp_path, monkeypatch, caplog):
