@@ -254,6 +254,7 @@ def test_mistakes(folder, tmp_path):
     fails(ConfigError, r"must end in one of \.jsonl", out=tmp_path / "out.xls")
     fails(ConfigError, "is the input", out=source)
     fails(ConfigError, "a column of that name already", keep=["label"])
+    fails(ConfigError, "8 tokens are the least", max_seq_len=0)
     fails(ConfigError, "no head for mlm, but one for classification", task="mlm")
     fails(
         ConfigError,

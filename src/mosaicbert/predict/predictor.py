@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 LONGEST = 512
 """Tokens of a text where neither the checkpoint nor the command line says."""
+SHORTEST = 8
 FILLS = 5
 """Candidates for each mask."""
 
@@ -84,6 +85,8 @@ def load_predictor(
     """
     if device not in (None, "cpu") and not torch.cuda.is_available():
         raise ConfigError(f"--device {device}: torch sees no GPU here. Use --device cpu.")
+    if max_seq_len is not None and max_seq_len < SHORTEST:
+        raise ConfigError(f"--max_seq_len {max_seq_len}: {SHORTEST} tokens are the least.")
     use_gpu = device != "cpu" and torch.cuda.is_available()
     with local_copy(checkpoint) as local:
         found = _task_of(*read_state_dict(local))
@@ -99,7 +102,8 @@ def load_predictor(
         if (folder / LATEST).is_file():
             folder = folder / (folder / LATEST).read_text().strip()
         reader = load_tokenizer(tokenizer or str(folder))
-    limit = max_seq_len or (reader.model_max_length if reader.model_max_length < 1e9 else LONGEST)
+    own = reader.model_max_length
+    limit = max_seq_len if max_seq_len is not None else own if own < 1e9 else LONGEST
     if model.config.model_type != "mosaic_bert" and not getattr(model.config, "alibi", False):
         limit = min(limit, model.config.max_position_embeddings)
     return Predictor(model.to("cuda" if use_gpu else "cpu"), task, reader, limit, precision)
