@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo into a folder (default `runs/demo`); prints the table."""
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write to")
-    parser.add_argument("--steps", type=int, default=300, help="pre-training steps")
+    parser.add_argument("--steps", type=int, default=150, help="pre-training steps")
     parser.add_argument("--epochs", type=int, default=2, help="fine-tuning epochs")
     args = parser.parse_args(argv)
     return guarded(lambda: run_demo(args.out, args.steps, args.epochs))
@@ -100,10 +100,10 @@ def pretrain_config(out: Path, data: Path, model: str, steps: int) -> dict[str, 
         "optimizer": {"name": "decoupled_adamw", "lr": 2e-3, "weight_decay": 1e-5},
         "scheduler": {"name": "linear_decay_with_warmup", "t_warmup": "0.06dur", "alpha_f": 0.02},
         "max_duration": f"{steps}ba",
-        "eval_interval": f"{max(1, steps // 10)}ba",
-        "global_train_batch_size": 32,
+        "eval_interval": f"{max(1, steps // 6)}ba",
+        "global_train_batch_size": 16,
         "callbacks": {"speed_monitor": {"window_size": 50}, "lr_monitor": {}},
-        "console_log_interval": f"{max(1, steps // 10)}ba",
+        "console_log_interval": f"{max(1, steps // 6)}ba",
     }
 
 
@@ -118,7 +118,7 @@ def classify_config(out: Path, model: str, checkpoint: str | None, epochs: int) 
         "data": {"train": "sample"},
         "train_loader": {"split": "train", "shuffle": True, "drop_last": True},
         "eval_loader": {"split": "validation"},
-        "optimizer": {"name": "decoupled_adamw", "lr": 5e-4, "weight_decay": 5e-6},
+        "optimizer": {"name": "decoupled_adamw", "lr": 1e-3, "weight_decay": 1e-5},
         "scheduler": {"name": "linear_decay_with_warmup", "t_warmup": "0.06dur", "alpha_f": 0.0},
         "max_duration": f"{epochs}ep",
         "eval_interval": "1ep",
