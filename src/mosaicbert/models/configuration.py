@@ -57,6 +57,12 @@ def check_shape(config: PretrainedConfig) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}: {value!r} must be a whole number of at least 1.")
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ConfigError(f"{name}: {value!r} must lie between 0 and 1.")
+    if config.num_labels < 1:
+        raise ConfigError(f"num_labels: {config.num_labels!r} must be at least 1.")
     if config.hidden_size % config.num_attention_heads:
         raise ConfigError(
             f"hidden_size {config.hidden_size} does not divide by num_attention_heads "
@@ -126,6 +132,10 @@ class MosaicBertConfig(_BertShape):
         ):
             if getattr(self, key) not in choices:
                 raise ConfigError(f"{key} {getattr(self, key)!r}: choose {' or '.join(choices)}.")
+        if self.attention_window is not None and self.attention_window < 0:
+            raise ConfigError(f"attention_window: {self.attention_window} must be at least 0.")
+        if self.position_encoding == "rope" and self.head_dim % 2:
+            raise ConfigError(f"position_encoding 'rope': head size {self.head_dim} is odd.")
         if self.hidden_act != "gelu":
             raise ConfigError(f"hidden_act {self.hidden_act!r}: Mosaic BERT knows 'gelu' (exact).")
 

@@ -1,5 +1,7 @@
 """Checks, losses and FLOP counts that Mosaic BERT and HF BERT share."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,16 +25,67 @@ def problem_type(config_value: str | None, num_labels: int) -> str:
     return config_value
 
 
-def check_ids(input_ids: Tensor, vocab_size: int) -> None:
+def check_ids(input_ids: Tensor, vocab_size: int, name: str = "input_ids") -> None:
     """Raise ConfigError where an embedding would answer with a device-side assert."""
     if input_ids.is_floating_point():
-        raise ConfigError(f"input_ids are {input_ids.dtype}: they must be whole numbers.")
+        raise ConfigError(f"{name} are {input_ids.dtype}: they must be whole numbers.")
     low, high = (int(x) for x in input_ids.aminmax()) if input_ids.numel() else (0, 0)
     if low < 0 or high >= vocab_size:
+        why = ": the tokenizer does not belong to this model" if name == "input_ids" else ""
         raise ConfigError(
-            f"input_ids reach from {low} to {high}, but the model knows 0 to {vocab_size - 1}: "
-            "the tokenizer does not belong to this model."
+            f"{name} reach from {low} to {high}, but the model knows 0 to {vocab_size - 1}{why}."
         )
+
+
+class CheckedModel:
+    """Mixed into a model: this package's errors where torch would give its own, or kill the GPU."""
+
+    config: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward pass."""
+        if not torch.compiler.is_compiling():
+            input_ids = args[0] if args else kwargs.get("input_ids")
+            token_type_ids = args[2] if len(args) > 2 else kwargs.get("token_type_ids")
+            self._check(input_ids, token_type_ids, kwargs.get("labels"))
+        try:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        except RuntimeError as error:
+            parameters = self.parameters()  # type: ignore[attr-defined]
+            dtypes = sorted({str(p.dtype) for p in parameters})
+            if len(dtypes) == 1 or "dtype" not in str(error):
+                raise
+            raise ConfigError(
+                f"The model's weights are of mixed dtypes, {' and '.join(dtypes)}: give all of them"
+                f" one with model.to(dtype), or use torch.autocast ({error})."
+            ) from error
+
+    def _check(
+        self, input_ids: Tensor | None, token_type_ids: Tensor | None, labels: Tensor | None
+    ) -> None:
+        if input_ids is not None and (input_ids.ndim != 2 or len(input_ids) == 0):
+            raise ConfigError(
+                f"input_ids has shape {tuple(input_ids.shape)}: it must be (batch, seq), with at "
+                "least one row."
+            )
+        if token_type_ids is not None and token_type_ids.device.type == "cpu":  # else it would wait
+            check_ids(token_type_ids, self.config.type_vocab_size, "token_type_ids")
+        if labels is None:
+            return
+        pooled = hasattr(self, "classifier") and (
+            getattr(self.base_model, "pooler", None) is not None  # type: ignore[attr-defined]
+        )
+        if not pooled and input_ids is not None and labels.shape != input_ids.shape:
+            raise ConfigError(
+                f"labels have shape {tuple(labels.shape)}, input_ids {tuple(input_ids.shape)}: "
+                "there must be one for each token."
+            )
+        classes = self.config.num_labels if hasattr(self, "classifier") else self.config.vocab_size
+        kind = getattr(self, "kind", None) or self.config.problem_type
+        if kind is None and classes > 1 and not labels.is_floating_point():
+            kind = "single_label_classification"  # Hugging Face's rule
+        if not pooled or kind == "single_label_classification":
+            check_ids(labels.masked_fill(labels == IGNORE_INDEX, 0), classes, "labels")
 
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from mosaicbert.models import register
 from mosaicbert.models.attention import alibi_bias, alibi_slopes
 from mosaicbert.models.configuration import HfBertConfig
 from mosaicbert.models.heads import (
+    CheckedModel,
     check_ids,
     classification_loss_sum,
     cross_entropy_sum,
@@ -54,7 +55,9 @@ class NoPositions(nn.Module):
 
 def _before_encoder(bert: hf.BertModel, args: Any, kwargs: dict[str, Any]) -> Any:
     """Check ids and length; with ALiBi, turn the mask `(batch, seq)` into a bias of each head."""
-    input_ids = args[0] if args else kwargs["input_ids"]
+    input_ids = args[0] if args else kwargs.get("input_ids")
+    if input_ids is None:
+        return args, kwargs  # inputs_embeds, or transformers' own error
     config = bert.config
     if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         check_ids(input_ids, config.vocab_size)
@@ -77,7 +80,7 @@ def _before_encoder(bert: hf.BertModel, args: Any, kwargs: dict[str, Any]) -> An
     return args, kwargs
 
 
-class _Trainable(hf.BertPreTrainedModel):  # type: ignore[misc]
+class _Trainable(CheckedModel, hf.BertPreTrainedModel):  # type: ignore[misc]
     """What the models share; their forward is Hugging Face's."""
 
     mlm_share = 0.15

@@ -35,6 +35,7 @@ from mosaicbert.models.encoder import (
     wanted_rows,
 )
 from mosaicbert.models.heads import (
+    CheckedModel,
     check_ids,
     classification_loss_sum,
     cross_entropy_sum,
@@ -74,8 +75,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tenso
                 f"{name} has shape {tuple(x.shape)}, input_ids {tuple(input_ids.shape)}: "
                 "both must be (batch, seq)."
             )
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    mask = mask != 0
+    mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask) != 0
     lengths = mask.sum(dim=1, dtype=torch.int32)
     return Packed(
         input_ids=input_ids[mask],
@@ -90,7 +90,7 @@ def pack(input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tenso
 # --- models ---------------------------------------------------------------------------------------
 
 
-class MosaicBertPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+class MosaicBertPreTrainedModel(CheckedModel, PreTrainedModel):  # type: ignore[misc]
     """What the models share: the way in and out, vocabulary, counting."""
 
     config_class = MosaicBertConfig
