@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import BertConfig
 
 from mosaicbert.batch import Batch
 from mosaicbert.config.sections import AlgorithmsConfig, ModelConfig
@@ -104,6 +105,24 @@ def test_a_name_nobody_knows(monkeypatch):
     )
     with pytest.raises(ConfigError, match="Names that need no hub: bert-base"):
         build(pretrained_model_name="someone/some-model")
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncasd", "bert-base-uncaesd", "prajjwal1/bert-tyny"])
+def test_a_slip_in_a_known_name_asks_no_hub(name, monkeypatch):
+    monkeypatch.setattr("mosaicbert.models.build.AutoConfig.from_pretrained", None)
+    with pytest.raises(
+        ConfigError, match=r'Did you mean "(bert-base-uncased|prajjwal1/bert-tiny)"'
+    ):
+        build(pretrained_model_name=name)
+
+
+@pytest.mark.parametrize("name", ["bert-base-multilingual-cased", "mosaicml/mosaic-bert-base-1k"])
+def test_a_name_of_the_hub_is_no_slip(name, monkeypatch):
+    monkeypatch.setattr(
+        "mosaicbert.models.build.AutoConfig.from_pretrained",
+        lambda *a, **k: BertConfig(num_hidden_layers=3, hidden_size=24, num_attention_heads=2),
+    )
+    assert build(pretrained_model_name=name).config.num_hidden_layers == 3
 
 
 @pytest.mark.parametrize("name", ["hf_bert", "mosaic_bert"])

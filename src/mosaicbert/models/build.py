@@ -1,5 +1,6 @@
 """A model from the `model` section of a YAML; and its compilation."""
 
+import difflib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,11 @@ def _known_shape(settings: ModelConfig) -> dict[str, Any]:
     short = name.removeprefix("google-bert/")
     if short in SHAPES:
         return SHAPES[short]
+    near = difflib.get_close_matches(short, SHAPES, n=1, cutoff=0.9)
+    if near and abs(len(near[0]) - len(short)) <= 1 and not Path(name).exists():
+        raise ConfigError(  # a slip; the hub would be asked for half a minute
+            f'model.pretrained_model_name: {name!r} is not known. Did you mean "{near[0]}"?'
+        )
     try:
         found = AutoConfig.from_pretrained(name, local_files_only=Path(name).exists())
     except Exception as error:  # transformers and the hub's client raise every kind
