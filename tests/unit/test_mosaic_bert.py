@@ -419,7 +419,7 @@ def test_last_layer_on_wanted_rows_alone(changes):
 
 
 def test_longer_than_trained():
-    """Trained at 15 tokens to fill a gap from its neighbours, it still does at 60 and 240."""
+    """Trained at 128 tokens to fill a gap from its neighbours, it still does at 512 and 2,048."""
     model = build(vocab_size=16, hidden_size=32, num_attention_heads=8, hidden_dropout_prob=0.0)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -433,17 +433,18 @@ def test_longer_than_trained():
     generator = torch.Generator().manual_seed(0)
 
     def loss(seq, batch):
-        ids = torch.randint(2, 16, (batch, seq // 3), generator=generator).repeat_interleave(3, 1)
+        runs = torch.randint(2, 16, (batch, seq // 3 + 1), generator=generator)
+        ids = runs.repeat_interleave(3, dim=1)[:, :seq]
         labels = torch.full_like(ids, -100)
-        labels[:, 1::3] = ids[:, 1::3]
+        labels[:, 1:-1:3] = ids[:, 1:-1:3]
         return model(ids.where(labels == -100, 1), labels=labels).loss
 
     for _ in range(100):
         optimizer.zero_grad()
-        loss(15, 32).backward()
+        loss(128, 4).backward()
         optimizer.step()
     with torch.no_grad():
-        trained, longer, longest = loss(15, 64).item(), loss(60, 16).item(), loss(240, 4).item()
+        trained, longer, longest = (loss(seq, 4).item() for seq in (128, 512, 2048))
     assert trained < 0.2  # a guess has ln(14) = 2.6
-    assert longer < 0.4
-    assert longest < 0.4
+    assert longer < trained + 0.1
+    assert longest < trained + 0.1
