@@ -9,7 +9,7 @@ from mosaicbert.config.sections import ModelConfig
 from mosaicbert.errors import CheckpointError, ConfigError
 from mosaicbert.models.build import build_model
 from mosaicbert.models.checkpoints import load, load_weights
-from mosaicbert.models.configuration import MosaicBertConfig
+from mosaicbert.models.configuration import MODERN, MosaicBertConfig
 from mosaicbert.models.encoder import rotary_table, rotate
 from mosaicbert.models.mosaic_bert import MosaicBertForMaskedLM
 
@@ -76,6 +76,26 @@ def test_each_switch_changes_the_model_and_trains(changes, tmp_path):
     torch.testing.assert_close(load(tmp_path)(IDS, MASK).logits, logits)
     with pytest.raises(CheckpointError):
         load_weights(plain, tmp_path)
+
+
+@pytest.mark.parametrize("changes", [*SWITCHES, MODERN], ids=lambda c: "+".join(c))
+def test_each_switch_learns_packed_as_padded(changes):
+    """Steps on packed batches; then the padded form, with other padding, gives the same loss."""
+    model = build(**{**changes, "hidden_dropout_prob": 0.0}).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = model.loss(batch()).loss_sum / 3
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+    ids = F.pad(IDS, (0, 3))
+    labels = torch.full_like(ids, -100)
+    labels[[0, 1, 1], [1, 1, 4]] = torch.tensor([5, 7, 6])
+    padded = model.eval()(ids, (ids != 0).long(), labels=labels).loss
+    torch.testing.assert_close(padded, model.loss(batch()).loss_sum / 3)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
