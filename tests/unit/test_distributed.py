@@ -43,17 +43,14 @@ def two(alone):
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path]),
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "two_ranks.py"), str(folder)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 9], "\n".join(errors)
+    done = subprocess.run(
+        [sys.executable, str(HERE / "two_ranks.py"), str(folder)],
+        env={**os.environ, **common},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 9, done.stderr  # as rank 1 ends
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -1,8 +1,9 @@
 """What each of two ranks does for `test_distributed.py`; not a test itself.
 
-Run as a program in torchrun's environment; argument: a folder for its answers.
+Run as a program, it becomes both; argument: a folder for their answers.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -117,5 +118,14 @@ def main(folder):
     ranks.close()
 
 
+def both(folder):
+    """Rank 1 is forked off rank 0, so that the imports, which take longest, are paid for once."""
+    importlib.import_module("torch._dynamo")  # what torch's optimizers import when they are made
+    child = os.fork()
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = "0" if child else "1"
+    main(folder)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(both(Path(sys.argv[1])))
