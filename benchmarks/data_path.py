@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -121,10 +122,12 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
             for _ in range(args.repeats)
         ]
     medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     return {
         "claim": "data: samples and tokens a second on one core, from warm local shards",
         "command": f"python benchmarks/data_path.py {Path(args.data).name} "
         f"--megabytes {args.megabytes:g} --repeats {args.repeats}",
+        "commit": commit.stdout.strip() or None,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {_cpu_name()}",
         "versions": {
             "python": platform.python_version(),
