@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mosaicbert.config.sections import LoggersConfig
@@ -81,6 +81,7 @@ def test_a_new_run_moves_the_old_rows_aside(tmp_path):
     assert batches_of(tmp_path / "metrics.previous.jsonl") == [1, 2, 3]
 
 
+@settings(max_examples=30)  # each writes four files
 @given(st.integers(min_value=1, max_value=200))
 def test_a_kill_in_the_middle_of_a_row_loses_that_row_alone(tmp_path_factory, num_cut):
     folder = tmp_path_factory.mktemp("run")
