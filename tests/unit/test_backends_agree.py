@@ -1,0 +1,97 @@
+"""The whole model gives the same loss and gradients on every attention backend."""
+
+import pytest
+import torch
+
+from mosaicbert.batch import Batch
+from mosaicbert.models import kernels
+from mosaicbert.models.configuration import MosaicBertConfig
+from mosaicbert.models.mosaic_bert import MosaicBertForMaskedLM
+
+LENGTHS = [7, 1, 12]
+
+
+def build(backend):
+    torch.manual_seed(0)
+    config = MosaicBertConfig(
+        vocab_size=61,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        hidden_dropout_prob=0.0,
+        attention_backend=backend,
+    )
+    model = MosaicBertForMaskedLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "orm.weight" in name else 0.0, 0.1)
+    return model
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    return Batch(
+        input_ids=torch.randint(1, 61, (sum(LENGTHS),), generator=generator),
+        cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0).int(),
+        max_seqlen=max(LENGTHS),
+        target_positions=torch.tensor([1, 7, 12]),
+        labels=torch.tensor([5, 9, 60]),
+        num_targets=3,
+        num_tokens=sum(LENGTHS),
+        num_samples=len(LENGTHS),
+    )
+
+
+def loss_and_gradients(model):
+    loss = model.loss(batch()).loss_sum
+    return loss, torch.autograd.grad(loss, list(model.parameters()))
+
+
+def in_the_interpreter(monkeypatch):
+    triton = pytest.importorskip("triton", reason="the kernels need triton")
+    if torch.cuda.is_available() or not triton.knobs.runtime.interpret:
+        pytest.skip("tests/gpu runs the kernels themselves")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        pytest.skip("the interpreter of triton < 3.7 needs numpy < 2.4")
+    monkeypatch.setattr(kernels, "why_not", lambda device: None)
+
+
+def exact():
+    loss, gradients = loss_and_gradients(build("reference").double())
+    return loss.double(), gradients
+
+
+def check(model, want, expected):
+    loss, gradients = loss_and_gradients(model)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=0)
+    for (name, _), got, true in zip(model.named_parameters(), gradients, expected, strict=True):
+        assert (got.double() - true).norm() <= 1e-5 * true.norm(), name
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa", None])
+def test_plain_backends(backend):
+    check(build(backend), *exact())
+
+
+def test_the_kernels(monkeypatch):
+    want = exact()
+    in_the_interpreter(monkeypatch)
+    check(build("triton"), *want)
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
+def test_flex_forward():
+    with torch.no_grad():
+        want = build("reference").double().loss(batch()).loss_sum.double()
+        got = build("flex").loss(batch()).loss_sum
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_layers_with_kernels_are_one_graph(monkeypatch):
+    in_the_interpreter(monkeypatch)
+    model, want = build("triton"), exact()
+    for layer in model.bert.encoder.layer:
+        layer.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    check(model, *want)
