@@ -355,7 +355,7 @@ def test_regression_multi_label_and_ignored_rows():
         torch.testing.assert_close(output.loss, want)
         packed = packed_batch(*batch)
         packed.labels = labels
-        torch.testing.assert_close(model.loss(packed).loss_sum, want * rows.sum())
+        torch.testing.assert_close(model.loss(packed).loss_sum, want * keep.sum())
 
 
 def test_token_classification_packed_and_padded_agree():

@@ -102,13 +102,12 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def classification_loss_sum(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
-    """Loss of a sequence-classification head, summed over its rows; a scalar, float32.
+    """Loss of a sequence-classification head, summed over its labels; a scalar, float32.
 
     `logits (batch, num_labels)`. `regression`: squared error against float labels `(batch,)` or
-    `(batch, num_labels)`, averaged over outputs, NaN rows ignored. `single_label_classification`:
-    cross-entropy against int64 labels `(batch,)`. `multi_label_classification`: binary
-    cross-entropy against float labels `(batch, num_labels)`, averaged over the labels, NaN rows
-    ignored. Divided by the number of rows, each is Hugging Face's loss.
+    `(batch, num_labels)`. `single_label_classification`: cross-entropy against int64 labels
+    `(batch,)`. `multi_label_classification`: binary cross-entropy against float labels `(batch,
+    num_labels)`. NaN is ignored. Divided by the number of labels, each is Hugging Face's loss.
     """
     if kind == "single_label_classification":
         return cross_entropy_sum(logits, labels)
@@ -119,17 +118,13 @@ def classification_loss_sum(logits: Tensor, labels: Tensor, kind: str) -> Tensor
         losses = F.mse_loss(logits, labels, reduction="none")
     else:
         losses = F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    return torch.where(real, losses, 0.0).mean(dim=-1).sum()
+    return torch.where(real, losses, 0.0).sum()
 
 
 def mean_loss(loss_sum: Tensor, labels: Tensor) -> Tensor:
-    """`loss_sum` over the number of rows that count; 0 where none does."""
-    if labels.is_floating_point():
-        real = ~labels.isnan()
-        rows = real if real.ndim == 1 else real.any(dim=-1)
-    else:
-        rows = labels != IGNORE_INDEX
-    return loss_sum / rows.sum().clamp(min=1)
+    """`loss_sum` over the number of labels that count; 0 where none does."""
+    real = ~labels.isnan() if labels.is_floating_point() else labels != IGNORE_INDEX
+    return loss_sum / real.sum().clamp(min=1)
 
 
 def training_flops(linear_parameters: float, attention_width: float, seq_len: float) -> float:
