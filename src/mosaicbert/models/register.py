@@ -58,10 +58,14 @@ def install() -> None:
     """Have transformers' Auto classes know ours: now, or when somebody imports them."""
     for name, register in ((_CONFIGURATION_AUTO, _register_configs), (_MODELING_AUTO, _register)):
         module = sys.modules.get(name)
-        if module is not None and not module.__spec__._initializing:  # type: ignore[union-attr]
+        waiting = [f for f in sys.meta_path if isinstance(f, _Finder) and f.name == name]
+        if module is None:
+            if not waiting:
+                sys.meta_path.insert(0, _Finder(name, register))
+        elif not module.__spec__._initializing:  # type: ignore[union-attr]
             register()
-        elif not any(isinstance(f, _Finder) and f.name == name for f in sys.meta_path):
-            sys.meta_path.insert(0, _Finder(name, register))
+            for finder in waiting:
+                sys.meta_path.remove(finder)
 
 
 def _load(path: str) -> Any:
