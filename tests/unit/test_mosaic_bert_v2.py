@@ -10,8 +10,8 @@ from mosaicbert.errors import CheckpointError, ConfigError
 from mosaicbert.models.build import build_model
 from mosaicbert.models.checkpoints import load, load_weights
 from mosaicbert.models.configuration import MODERN, MosaicBertConfig
-from mosaicbert.models.encoder import rotary_table, rotate
 from mosaicbert.models.mosaic_bert import MosaicBertForMaskedLM
+from mosaicbert.models.rotary import rotary_table, rotate
 
 SHAPE = {
     "vocab_size": 93,

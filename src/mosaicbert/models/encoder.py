@@ -22,6 +22,7 @@ from mosaicbert.models.attention import (
     sequence_ids,
 )
 from mosaicbert.models.configuration import MosaicBertConfig
+from mosaicbert.models.rotary import rotary_table, rotate
 
 
 class LayerNorm(nn.LayerNorm):
@@ -94,17 +95,6 @@ class MosaicBertSelfAttention(nn.Module):
         else:
             first_values = qkv[:, 2]
         return run_attention(qkv, plan).flatten(1), first_values
-
-
-def rotate(qk: Tensor, rotary: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) of `qk (total_nnz, 2, heads, head_dim)`.
-
-    `rotary (2, total_nnz, head_dim // 2)` holds cosines and sines.
-    """
-    cos, sin = rotary[:, :, None, None, :]  # each (total_nnz, 1, 1, head_dim // 2)
-    left, right = qk.float().chunk(2, dim=-1)
-    rotated = torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)
-    return rotated.to(qk.dtype)
 
 
 class Rows(NamedTuple):
@@ -345,13 +335,6 @@ class MosaicBertEncoder(nn.Module):
         if hidden_states is not None:
             hidden_states.append(x)
         return x
-
-
-def rotary_table(position: Tensor, head_dim: int, theta: float) -> Tensor:
-    """Cosines and sines `(2, total_nnz, head_dim // 2)` float32 of `position (total_nnz,)`."""
-    exponent = torch.arange(0, head_dim, 2, device=position.device) / head_dim
-    angle = position[:, None] * theta**-exponent
-    return torch.stack([angle.cos(), angle.sin()])
 
 
 class MosaicBertPooler(nn.Module):

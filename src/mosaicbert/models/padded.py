@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mosaicbert.models.attention import AttentionPlan, alibi_bias, alibi_slopes
-from mosaicbert.models.encoder import rotary_table
 from mosaicbert.models.mosaic_bert import MosaicBertPreTrainedModel
+from mosaicbert.models.rotary import rotary_table
 
 
 class PaddedModel(nn.Module):
