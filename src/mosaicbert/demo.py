@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder to write to")
     parser.add_argument("--steps", type=int, default=50, help="pre-training steps")
-    parser.add_argument("--epochs", type=int, default=1, help="fine-tuning epochs")
+    parser.add_argument("--epochs", type=int, default=2, help="fine-tuning epochs")
     args = parser.parse_args(argv)
     return guarded(lambda: run_demo(args.out, args.steps, args.epochs))
 
