@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mosaicbert import run
 from mosaicbert.batch import Batch
@@ -80,14 +80,15 @@ class Bench:
     """A model with its optimizer, that takes the same step again and again."""
 
     def __init__(
-        self, model: nn.Module, microbatches: list[Batch], config: TrainerConfig, ranks: Ranks
+        self, model: Any, microbatches: list[Batch], config: TrainerConfig, ranks: Ranks
     ) -> None:
         """Move the model to its device; whoever made it has compiled it."""
-        self.model: Any = model.train()
+        self.model = model.train()
         self.microbatches = microbatches
         self.num_tokens = sum(batch.num_tokens for batch in microbatches)
         self.num_samples = sum(batch.num_samples for batch in microbatches)
         self._num_targets = sum(batch.num_targets for batch in microbatches)
+        model.mlm_share = self._num_targets / self.num_tokens  # counts the head's FLOPs
         self._backward = Backward(model, config, ranks)
         self._optimizer = build_optimizer(model, config.optimizer, ranks)
         self._device = ranks.device

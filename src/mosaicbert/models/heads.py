@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mosaicbert.batch import IGNORE_INDEX
 from mosaicbert.errors import ConfigError
@@ -125,6 +125,11 @@ def mean_loss(loss_sum: Tensor, labels: Tensor) -> Tensor:
     """`loss_sum` over the number of labels that count; 0 where none does."""
     real = ~labels.isnan() if labels.is_floating_point() else labels != IGNORE_INDEX
     return loss_sum / real.sum().clamp(min=1)
+
+
+def linear_parameters(module: nn.Module) -> int:
+    """Numbers in the module's matrices; embeddings do not belong in it."""
+    return sum(p.numel() for p in module.parameters() if p.ndim == 2)
 
 
 def training_flops(linear_parameters: float, attention_width: float, seq_len: float) -> float:

@@ -27,6 +27,7 @@ from mosaicbert.models.heads import (
     check_ids,
     classification_loss_sum,
     cross_entropy_sum,
+    linear_parameters,
     problem_type,
     training_flops,
 )
@@ -111,10 +112,10 @@ class _Trainable(CheckedModel, hf.BertPreTrainedModel):  # type: ignore[misc]
         runs it on all: work that nobody needs is no use of the machine.
         """
         config = self.config
-        linear = sum(p.numel() for p in self.base_model.encoder.parameters() if p.ndim == 2)
+        linear: float = linear_parameters(self.base_model.encoder)
         head = getattr(self, "cls", None)
         if head is not None:
-            linear += self.mlm_share * sum(p.numel() for p in head.parameters() if p.ndim == 2)
+            linear += self.mlm_share * linear_parameters(head)
         return training_flops(linear, config.hidden_size * config.num_hidden_layers, seq_len)
 
 

@@ -5,7 +5,7 @@ Each model takes padded batches through `forward`, as Hugging Face's do, and pac
 """
 # mypy: disable-error-code="no-any-return"
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,7 @@ from mosaicbert.models.heads import (
     check_ids,
     classification_loss_sum,
     cross_entropy_sum,
+    linear_parameters,
     mean_loss,
     problem_type,
     training_flops,
@@ -153,20 +154,16 @@ class MosaicBertPreTrainedModel(CheckedModel, PreTrainedModel):  # type: ignore[
             positions=positions,
         )
 
-    def flops_per_token(self, seq_len: float) -> float:
+    def flops_per_token(self, seq_len: float, more_parameters: float = 0.0) -> float:
         """FLOPs of forward + backward for one real token in sequences of `seq_len` tokens.
 
         Heads on whole sequences or of few classes are too small to count.
         """
-        return self._flops(seq_len, head_parameters=0.0)
-
-    def _flops(self, seq_len: float, head_parameters: float) -> float:
         config = self.config
-        matrices = sum(p.numel() for p in self.base_model.encoder.parameters() if p.ndim == 2)
         if config.attention_window is not None:
             seq_len = min(seq_len, 2 * config.attention_window + 1)
-        width = config.hidden_size * config.num_hidden_layers
-        return training_flops(matrices + head_parameters, width, seq_len)
+        parameters = linear_parameters(self.base_model.encoder) + more_parameters
+        return training_flops(parameters, config.hidden_size * config.num_hidden_layers, seq_len)
 
 
 class MosaicBertModel(MosaicBertPreTrainedModel):
@@ -307,10 +304,12 @@ class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
             loss = mean_loss(cross_entropy_sum(logits, targets), targets)
         return MaskedLMOutput(loss=loss, logits=packed.pad(logits), hidden_states=states)
 
-    def flops_per_token(self, seq_len: float) -> float:
-        """FLOPs of forward + backward for one real token; the head counts for `mlm_share`."""
-        head = sum(p.numel() for p in self.cls.parameters() if p.ndim == 2)
-        return self._flops(seq_len, self.mlm_share * head)
+    def flops_per_token(self, seq_len: float, more_parameters: float = 0.0) -> float:
+        """The head, and the last layer behind its attention, run on `mlm_share` of the tokens."""
+        last: Any = self.bert.encoder.layer[-1]
+        behind = linear_parameters(last.attention.output) + linear_parameters(last.mlp)
+        more_parameters += self.mlm_share * (linear_parameters(self.cls) + behind) - behind
+        return super().flops_per_token(seq_len, more_parameters)
 
 
 class _WithClassifier(MosaicBertPreTrainedModel):
