@@ -159,7 +159,7 @@ def kernel_times(bench: Bench) -> list[dict[str, Any]]:
     found = [
         {"name": event.key, "count": event.count, "us": event.self_device_time_total}
         for event in profiler.key_averages()
-        if str(event.device_type).endswith("CUDA")
+        if str(event.device_type).endswith("CUDA") and not event.is_user_annotation
     ]
     return sorted(found, key=lambda row: -row["us"])
 
