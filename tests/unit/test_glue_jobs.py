@@ -74,6 +74,13 @@ def test_each_tasks_own_settings_win(tmp_path):
     assert job.config.eval_subset_num_batches == 2
 
 
+def test_a_section_of_trainer_kwargs_keeps_its_other_keys(tmp_path):
+    wished = {"train_loader": {"shuffle": False}, "optimizer": {"eps": 1e-8}}
+    (job,) = plan_jobs(make(tmp_path, {"cola": {"seeds": [5], "trainer_kwargs": wished}}))
+    assert (job.config.train_loader.split, job.config.train_loader.shuffle) == ("train", False)
+    assert (job.config.optimizer.lr, job.config.optimizer.eps) == (5e-5, 1e-8)
+
+
 @pytest.mark.parametrize(
     ("tasks", "said"),
     [

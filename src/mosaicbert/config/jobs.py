@@ -186,7 +186,7 @@ class GlueConfig(Strict):
     parallel: bool = False
     """Run jobs side by side: one a GPU, or several processes on a CPU."""
     jobs_per_gpu: PositiveInt | Literal["auto"] = 1
-    """Jobs that share one GPU."""
+    """Jobs that share one GPU; `auto` is 4."""
     precision: Literal["fp32", "amp_bf16", "amp_fp16", "bf16"] | None = None
     """Arithmetic. Default: `amp_bf16` on a GPU, `fp32` on a CPU."""
     device: Literal["cpu", "gpu", "cuda"] | None = None
@@ -204,7 +204,7 @@ class GlueConfig(Strict):
     starting_checkpoint_load_path: str | None = None
     """Pre-trained weights: anything `mosaicbert.load` reads."""
     local_pretrain_checkpoint_folder: str = "./local-pretrain-checkpoints/"
-    """Where a remote starting checkpoint is copied to."""
+    """Read for compatibility; a remote starting checkpoint is copied to a temporary folder."""
     save_finetune_checkpoint_prefix: str | None = None
     """Folder or URI for the jobs' checkpoints."""
     save_finetune_checkpoint_folder: str | None = None

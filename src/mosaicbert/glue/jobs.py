@@ -130,6 +130,9 @@ def _plan_job(
         "eval_loader": {"split": "validation"},
     }
     wished = dict(settings.trainer_kwargs)
+    for section in ("train_loader", "eval_loader", "optimizer", "scheduler"):
+        if isinstance(wished.get(section), dict):  # some keys of it; the others stay
+            wished[section] = values[section] | wished[section]
     keep = wished.get("save_num_checkpoints_to_keep", 0) != 0
     if not keep:
         wished.pop("save_num_checkpoints_to_keep", None)
