@@ -240,3 +240,18 @@ def test_compiled_models_give_the_same_loss(name, task, num_graphs, monkeypatch)
     assert len(graphs) == num_graphs
     model.eval().loss(batch)
     assert len(graphs) == num_graphs  # evaluation is not compiled
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mosaic_bert", "fused_layernorm, alibi: built into mosaic_bert."),
+        ("hf_bert", "fused_layernorm: built into hf_bert."),
+    ],
+)
+def test_algorithms_that_are_built_in_are_said_to_be_so(name, said, caplog):
+    algorithms = AlgorithmsConfig.model_validate({"fused_layernorm": {}, "alibi": {}})
+    settings = ModelConfig(name=name, pretrained_model_name="prajjwal1/bert-tiny")
+    with caplog.at_level("INFO"):
+        build_model(settings, "mlm", algorithms=algorithms, max_seq_len=16, vocab_size=64)
+    assert said in caplog.text

@@ -123,6 +123,7 @@ def _class_and_changes(
     settings: ModelConfig, algorithms: AlgorithmsConfig | None
 ) -> tuple[Any, dict[str, Any]]:
     """Which configuration, and what the YAML changes in it."""
+    _say_built_in(settings, algorithms)
     if settings.name != "hf_bert":
         changes = checked_keys(MosaicBertConfig, settings.overrides, "model.model_config")
         return MosaicBertConfig, (MODERN if settings.name == "mosaic_bert_v2" else {}) | changes
@@ -134,6 +135,15 @@ def _class_and_changes(
     config_class = HfBertConfig if used else BertConfig
     changes = checked_keys(config_class, settings.overrides, "model.model_config")
     return config_class, changes | used
+
+
+def _say_built_in(settings: ModelConfig, algorithms: AlgorithmsConfig | None) -> None:
+    built_in = ["fused_layernorm", "low_precision_layernorm"]
+    if settings.name != "hf_bert":
+        built_in += ["gated_linear_units", "alibi"]
+    found = [name for name in built_in if getattr(algorithms, name, None) is not None]
+    if found:
+        logger.info("algorithms: %s: built into %s.", ", ".join(found), settings.name)
 
 
 def _known_shape(settings: ModelConfig) -> dict[str, Any]:
