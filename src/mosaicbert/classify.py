@@ -6,15 +6,17 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from mosaicbert import run
-from mosaicbert.batch import IGNORE_INDEX, Batch, LossOutput
+from mosaicbert.batch import IGNORE_INDEX, Batch, Loader, LossOutput
 from mosaicbert.cli import guarded, parse
 from mosaicbert.config import ClassifyConfig, load_config
 from mosaicbert.data.classification import build_classification_loader
@@ -189,13 +191,7 @@ def finetune(
         after: called with the model that the run ended with (`keep`).
     """
     kind = KINDS[train.kind]
-    scores = tuple(metrics or config.metrics) or kind.scores
-    if isinstance(train, TokenExamples):
-        if "O" not in train.label_names and not (metrics or config.metrics):
-            scores = ("accuracy", "macro_f1")  # parts of speech and the like: no entities
-        factory = kind.metric(scores, train.label_names)
-    else:
-        factory = kind.metric(scores)
+    scores, factory = _scores(kind, train, tuple(metrics or config.metrics))
     best = _best(config, scores, next(iter(validation)))
     tokenizer = load_tokenizer(config.tokenizer_name)
     tokenizer.model_max_length = config.max_seq_len  # what `predict` cuts texts to
@@ -205,35 +201,11 @@ def finetune(
     if config.class_weights is not None:
         weigh_classes(model, _weights(train))
 
-    def loader(examples: Labelled, training: bool) -> Any:
-        settings = config.train_loader if training else config.eval_loader
-        device_samples = (
-            run.microbatch_samples(config, ranks, config.max_seq_len)
-            if training
-            else config.device_eval_batch_size
-        )
-        global_samples = (
-            config.global_train_batch_size if training else device_samples * ranks.world_size
-        )
-        return build_classification_loader(
-            examples,
-            tokenizer,
-            max_seq_len=settings.max_seq_len or config.max_seq_len,
-            batch_size=global_samples,
-            microbatch_samples=device_samples,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            packed=is_packed(model),
-            grid=run.wants_compile(config, ranks),
-            shuffle=settings.shuffle,
-            drop_last=settings.drop_last,
-            seed=config.seed,
-        )
-
+    loader = partial(_loader, config, ranks, tokenizer, is_packed(model))
     result = run.train(
         model,
-        loader(train, True),
-        {name: (loader(part, False), factory) for name, part in validation.items()},
+        loader(train, training=True),
+        {name: (loader(part, training=False), factory) for name, part in validation.items()},
         config=config.model_copy(update={"load_path": None}),
         ranks=ranks,
         tokenizer=tokenizer,
@@ -251,6 +223,49 @@ def finetune(
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             after(Predictor(model, kind.task, tokenizer, config.max_seq_len))
     return result
+
+
+def _scores(
+    kind: Kind, train: Labelled, asked: tuple[str, ...]
+) -> tuple[tuple[str, ...], MetricFactory]:
+    """The names of the metrics (`asked`, else those of the kind of labels), and their factory."""
+    if not isinstance(train, TokenExamples):
+        return asked or kind.scores, kind.metric(asked or kind.scores)
+    has_entities = "O" in train.label_names  # else parts of speech and the like
+    scores = asked or (kind.scores if has_entities else ("accuracy", "macro_f1"))
+    return scores, kind.metric(scores, train.label_names)
+
+
+def _loader(
+    config: ClassifyConfig,
+    ranks: Ranks,
+    tokenizer: PreTrainedTokenizerFast,
+    packed: bool,
+    examples: Labelled,
+    *,
+    training: bool,
+) -> Loader:
+    settings = config.train_loader if training else config.eval_loader
+    if training:
+        device_samples = run.microbatch_samples(config, ranks, config.max_seq_len)
+        global_samples = config.global_train_batch_size
+    else:
+        device_samples = config.device_eval_batch_size
+        global_samples = device_samples * ranks.world_size
+    return build_classification_loader(
+        examples,
+        tokenizer,
+        max_seq_len=settings.max_seq_len or config.max_seq_len,
+        batch_size=global_samples,
+        microbatch_samples=device_samples,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        packed=packed,
+        grid=run.wants_compile(config, ranks),
+        shuffle=settings.shuffle,
+        drop_last=settings.drop_last,
+        seed=config.seed,
+    )
 
 
 def _model(config: ClassifyConfig, train: Labelled, vocab_size: int) -> nn.Module:
