@@ -7,8 +7,8 @@ command with the bundled task in place of this function.
 
 import sys
 
-from mosaicbert.classify import command
 from mosaicbert.data.examples import Examples, sample_examples
+from mosaicbert.finetuning import command
 
 
 # ----------------------------------------------------------------------------------------------

@@ -25,9 +25,9 @@ class Command:
 COMMANDS = {
     "convert": Command("text to MDS shards", "mosaicbert.data.convert"),
     "inspect": Command("check shards and look at samples", "mosaicbert.data.inspect"),
-    "pretrain": Command("masked-language-model pre-training from a YAML", "mosaicbert.pretrain"),
-    "classify": Command("fine-tuning on one task from a YAML", "mosaicbert.classify"),
-    "glue": Command("fine-tuning on all of GLUE from a YAML", "mosaicbert.glue.jobs"),
+    "pretrain": Command("masked-language-model pre-training from a YAML", "mosaicbert.pretraining"),
+    "classify": Command("fine-tuning on one task from a YAML", "mosaicbert.finetuning"),
+    "glue": Command("fine-tuning on all of GLUE from a YAML", "mosaicbert.glue_suite.jobs"),
     "bench": Command("how fast a YAML's training step is here", "mosaicbert.bench"),
     "predict": Command("what a model says of each row of a file", "mosaicbert.predict.files"),
     "export": Command("a checkpoint to Hugging Face or ONNX", "mosaicbert.models.export"),

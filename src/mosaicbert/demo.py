@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_demo(out: Path, steps: int, epochs: int) -> int:
     """Convert, pre-train both models, fine-tune both, compare."""
-    from mosaicbert.classify import classify
-    from mosaicbert.pretrain import pretrain
+    from mosaicbert.finetuning import classify
+    from mosaicbert.pretraining import pretrain
 
     _make_room(out)
     data = out / "data"

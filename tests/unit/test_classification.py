@@ -21,8 +21,8 @@ from mosaicbert.data.classification import (
 from mosaicbert.data.examples import Examples, sample_examples
 from mosaicbert.data.tokenizers import load_tokenizer
 from mosaicbert.errors import ConfigError
-from mosaicbert.glue.data import load_task
-from mosaicbert.glue.tasks import TASKS
+from mosaicbert.glue_suite.data import load_task
+from mosaicbert.glue_suite.tasks import TASKS
 
 SETTINGS: dict[str, Any] = {
     "max_seq_len": 16,

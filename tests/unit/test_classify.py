@@ -11,11 +11,11 @@ from tiny_run import ALONE
 from torch import nn
 
 from mosaicbert.batch import IGNORE_INDEX, Batch, LossOutput
-from mosaicbert.classify import KINDS, classify, read_data, weigh_classes
 from mosaicbert.config import ClassifyConfig, check
 from mosaicbert.data.examples import Examples
 from mosaicbert.data.tokens import TokenExamples
 from mosaicbert.errors import ConfigError
+from mosaicbert.finetuning import KINDS, classify, read_data, weigh_classes
 from mosaicbert.models.heads import PROBLEM_TYPES, cross_entropy_sum
 from mosaicbert.models.register import TASKS
 from mosaicbert.predict import review

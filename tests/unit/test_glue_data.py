@@ -11,8 +11,8 @@ import pytest
 
 from mosaicbert.data.sample import glue_dir
 from mosaicbert.errors import DataError
-from mosaicbert.glue.data import load_task
-from mosaicbert.glue.tasks import TASKS
+from mosaicbert.glue_suite.data import load_task
+from mosaicbert.glue_suite.tasks import TASKS
 
 REAL = Path(__file__).parents[3] / "shared" / "data" / "glue"
 RTE = TASKS["rte"]

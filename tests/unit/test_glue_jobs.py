@@ -7,10 +7,10 @@ import pytest
 
 from mosaicbert.config import GlueConfig, check, load_config
 from mosaicbert.errors import ConfigError
-from mosaicbert.glue import jobs as glue_jobs
-from mosaicbert.glue.jobs import finished_result, plan_jobs
-from mosaicbert.glue.live import LiveTable
-from mosaicbert.glue.results import JobResult
+from mosaicbert.glue_suite import jobs as glue_jobs
+from mosaicbert.glue_suite.jobs import finished_result, plan_jobs
+from mosaicbert.glue_suite.live import LiveTable
+from mosaicbert.glue_suite.results import JobResult
 
 ROOT = Path(__file__).parents[2]
 FULL = ROOT / "yamls/finetuning/glue/mosaic-bert-base-uncased.yaml"

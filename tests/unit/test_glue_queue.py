@@ -6,7 +6,7 @@ import time
 import pytest
 
 from mosaicbert.errors import DataError
-from mosaicbert.glue.queue import Job, run_jobs
+from mosaicbert.glue_suite.queue import Job, run_jobs
 
 
 def work(payload, report):

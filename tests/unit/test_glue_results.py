@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosaicbert.glue.results import PUBLISHED, JobResult, Results, job_mean, metric_keys
-from mosaicbert.glue.tasks import TASKS
+from mosaicbert.glue_suite.results import PUBLISHED, JobResult, Results, job_mean, metric_keys
+from mosaicbert.glue_suite.tasks import TASKS
 
 
 def job(task: str, seed: int = 19, seconds: float = 10.0, **metrics: float) -> JobResult:

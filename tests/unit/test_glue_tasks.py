@@ -4,7 +4,7 @@ import pytest
 
 from mosaicbert.duration import Duration
 from mosaicbert.errors import ConfigError
-from mosaicbert.glue.tasks import TASKS, pick, pick_all
+from mosaicbert.glue_suite.tasks import TASKS, pick, pick_all
 
 # task: learning rate, weight decay, epochs, batch, evaluation interval, number of seeds
 RECIPE = {

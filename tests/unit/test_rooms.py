@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src/mosaicbert"
 BASE = {"errors", "batch", "duration", "config"}
-JOBS = {"run", "pretrain", "classify"}
+JOBS = {"run", "pretraining", "finetuning"}
 ALLOWED = {
     "errors": set(),
     "batch": set(),
@@ -19,11 +19,11 @@ ALLOWED = {
     "train": BASE | {"train", "slurm"},
     "launch": BASE | {"launch", "slurm"},
     "run": BASE | {"models", "train"},
-    "pretrain": BASE | {"run", "data", "models", "train", "launch"},
-    "classify": BASE | {"run", "data", "models", "train", "launch", "cli", "predict"},
+    "pretraining": BASE | {"run", "data", "models", "train", "launch"},
+    "finetuning": BASE | {"run", "data", "models", "train", "launch", "cli", "predict"},
     "predict": BASE | {"run", "data", "models", "train", "predict"},
-    "bench": BASE | {"run", "data", "models", "train", "pretrain"},
-    "glue": BASE | {"run", "classify", "data", "glue", "train"},
+    "bench": BASE | {"run", "data", "models", "train", "pretraining"},
+    "glue_suite": BASE | {"run", "finetuning", "data", "glue_suite", "train"},
     "cli": BASE,
 }
 

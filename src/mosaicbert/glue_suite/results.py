@@ -18,7 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from mosaicbert.glue.tasks import TASKS, GlueTask
+from mosaicbert.glue_suite.tasks import TASKS, GlueTask
 
 WIDTH = 80
 NO_SCORE = "-"

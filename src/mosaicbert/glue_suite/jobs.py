@@ -20,9 +20,9 @@ from typing import Any
 from mosaicbert.config import ClassifyConfig, GlueConfig, GlueTaskConfig, check, load_config
 from mosaicbert.duration import Duration, Progress
 from mosaicbert.errors import ConfigError, TrainingError
-from mosaicbert.glue.queue import Job, Outcome, run_jobs
-from mosaicbert.glue.results import JobResult, Results
-from mosaicbert.glue.tasks import GlueTask, pick, pick_all
+from mosaicbert.glue_suite.queue import Job, Outcome, run_jobs
+from mosaicbert.glue_suite.results import JobResult, Results
+from mosaicbert.glue_suite.tasks import GlueTask, pick, pick_all
 
 log = logging.getLogger(__name__)
 
@@ -163,8 +163,8 @@ def run_folder(config: GlueConfig) -> Path:
 def run_job(job: GlueJob, report: Callable[[Any], None]) -> JobResult:
     """Fine-tune one job, in a slot's process; writes `result.json` when it is finished."""
     from mosaicbert import run
-    from mosaicbert.classify import finetune
-    from mosaicbert.glue.data import load_task
+    from mosaicbert.finetuning import finetune
+    from mosaicbert.glue_suite.data import load_task
 
     task = pick(job.task)
     ranks = run.start(job.config)
@@ -268,8 +268,8 @@ def glue(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
 
 
 def _glue(config: GlueConfig, published: bool = False) -> tuple[Results, list[Outcome]]:
-    from mosaicbert.glue.data import load_task
-    from mosaicbert.glue.live import LiveTable
+    from mosaicbert.glue_suite.data import load_task
+    from mosaicbert.glue_suite.live import LiveTable
 
     jobs = plan_jobs(config)
     for name in dict.fromkeys(job.task for job in jobs):

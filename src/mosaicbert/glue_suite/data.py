@@ -14,7 +14,7 @@ from mosaicbert.data.labels import Kind
 from mosaicbert.data.sample import glue_dir
 from mosaicbert.data.tables import Table, read_table
 from mosaicbert.errors import DataError, did_you_mean
-from mosaicbert.glue.tasks import GlueTask
+from mosaicbert.glue_suite.tasks import GlueTask
 
 logger = logging.getLogger(__name__)
 
