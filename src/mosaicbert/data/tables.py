@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mosaicbert.errors import DataError, did_you_mean
 
@@ -223,6 +221,9 @@ def _row_parts(
 def _parquet_parts(
     path: str | Path, stream: IO[bytes], columns: Sequence[str] | None, batch_rows: int
 ) -> Iterator[Table]:
+    import pyarrow as pa  # here, as it takes long to import and text formats do without
+    import pyarrow.parquet as pq
+
     try:
         file = pq.ParquetFile(stream)
         names = file.schema_arrow.names

@@ -24,8 +24,9 @@ HUB_DATASET = "nyu-mll/glue"
 def load_task(task: GlueTask, data_dir: str | None, split: str) -> Examples:
     """One split of a task: `train`, or one of `task.validation_splits`.
 
-    `data_dir` holds `<task>/<split>.parquet` or `.tsv` with the hub's column names (or the hub's
-    own numbered parquet files); `sample` is the miniature set of the package; None is the hub.
+    `data_dir` holds `<task>/<split>.parquet`, `.tsv` or `.tsv.gz` with the hub's column names (or
+    the hub's own numbered parquet files); `sample` is the miniature set of the package; None is
+    the hub.
 
     Raises:
         DataError: the folder, file or column is missing, a label is none of the task's, or the
@@ -59,7 +60,7 @@ def _files(root: Path, task: str, split: str) -> list[Path]:
             f"<data_dir>/<task>/<split>.parquet or .tsv. Folders in {root}: "
             f"{', '.join(there) or 'none'}."
         )
-    for suffix in (".parquet", ".tsv"):
+    for suffix in (".parquet", ".tsv", ".tsv.gz"):
         if (folder / f"{split}{suffix}").is_file():
             return [folder / f"{split}{suffix}"]
     numbered = sorted(folder.glob(f"{split}-*-of-*.parquet"))
