@@ -14,6 +14,7 @@ from mosaicbert.config import TrainerConfig
 from mosaicbert.duration import Duration
 from mosaicbert.errors import ConfigError
 from mosaicbert.models.build import compile_model
+from mosaicbert.report import report_at_end
 from mosaicbert.train.best import Best
 from mosaicbert.train.console import build_console
 from mosaicbert.train.distributed import Ranks, init_ranks
@@ -103,13 +104,21 @@ def train(
         write_assets=_asset_writer(trained, tokenizer),
         best=best,
     )
-    return trainer.fit()
+    try:
+        return trainer.fit()
+    finally:
+        if ranks.is_first:
+            report_at_end(_run_folder(config))
+
+
+def _run_folder(config: TrainerConfig) -> str | None:
+    return config.run_folder and config.run_folder.replace("{run_name}", config.run_name)
 
 
 def _loggers(
     config: TrainerConfig, total: Duration, train_loader: Loader, ranks: Ranks
 ) -> list[Logger]:
-    folder = config.run_folder and config.run_folder.replace("{run_name}", config.run_name)
+    folder = _run_folder(config)
     values = config.model_dump(mode="json", by_alias=True)
     loggers = build_loggers(config.loggers, folder, config.run_name, values, ranks.rank)
     batches = train_loader.steps_in_epoch(0)

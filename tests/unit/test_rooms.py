@@ -18,12 +18,13 @@ ALLOWED = {
     "models": BASE | {"models"},
     "train": BASE | {"train", "slurm"},
     "launch": BASE | {"launch", "slurm"},
-    "run": BASE | {"models", "train"},
+    "report": BASE | {"train", "report"},
+    "run": BASE | {"models", "train", "report"},
     "pretraining": BASE | {"run", "data", "models", "train", "launch"},
     "finetuning": BASE | {"run", "data", "models", "train", "launch", "cli", "predict"},
     "predict": BASE | {"run", "data", "models", "train", "predict"},
     "bench": BASE | {"run", "data", "models", "train", "pretraining"},
-    "glue_suite": BASE | {"run", "finetuning", "data", "glue_suite", "train"},
+    "glue_suite": BASE | {"run", "finetuning", "data", "glue_suite", "train", "report"},
     "cli": BASE,
 }
 

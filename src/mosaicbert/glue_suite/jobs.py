@@ -270,6 +270,7 @@ def glue(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
 def _glue(config: GlueConfig, published: bool = False) -> tuple[Results, list[Outcome]]:
     from mosaicbert.glue_suite.data import load_task
     from mosaicbert.glue_suite.live import LiveTable
+    from mosaicbert.report import report_at_end
 
     jobs = plan_jobs(config)
     for name in dict.fromkeys(job.task for job in jobs):
@@ -286,6 +287,7 @@ def _glue(config: GlueConfig, published: bool = False) -> tuple[Results, list[Ou
     _drop_checkpoints(jobs, done)
     results = Results([done[job.name] for job in jobs if job.name in done])
     results.write(run_folder(config), published=published)
+    report_at_end(run_folder(config))
     return results, [outcome for outcome in outcomes if outcome.error is not None]
 
 

@@ -151,9 +151,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: another line is no row.
     """
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    return parse_rows(path.read_text(encoding="utf-8"), str(path)) if path.exists() else []
+
+
+def parse_rows(text: str, where: str) -> list[dict[str, Any]]:
+    """The rows in the text of a `metrics.jsonl`; `where` names it in errors. See `read_rows`."""
+    lines = text.split("\n")
     rows = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last "\n" is cut off
         try:
@@ -161,7 +164,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             rows.append({**row, "batch": int(row["batch"])})
         except (ValueError, KeyError, TypeError):
             raise DataError(
-                f"{path}, line {number} is no row of metrics. Move the file away, or repair it."
+                f"{where}, line {number} is no row of metrics. Move the file away, or repair it."
             ) from None
     return rows
 

@@ -37,6 +37,7 @@ class _Pending:
     loss: Reading
     grad_norm: Reading | None
     lr: dict[str, float]
+    mask_rate: float | None
     num_tokens: int
     num_samples: int
     data_wait_seconds: float
@@ -134,11 +135,13 @@ class Trainer:
         self._update(loss, grad_norm)
         self._report()  # on the step before this one: the device is done with it by now
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        masked = any(batch.target_positions is not None for batch in step.microbatches)
         self._pending = _Pending(
             replace(self.progress),
             Reading(loss),
             None if grad_norm is None else Reading(grad_norm),
             rates,
+            num_targets / max(num_tokens, 1) if masked else None,
             num_tokens,
             step.num_samples,
             waited,
@@ -340,6 +343,8 @@ class Trainer:
                 "or let callbacks.health_checker skip such steps."
             )
         metrics = {"loss/train/total": record.loss}
+        if step.mask_rate is not None:
+            metrics["mask_rate"] = step.mask_rate
         if norm is not None:
             metrics["l2_norm/grad/global"] = norm
         for monitor in self.monitors:
