@@ -1,0 +1,489 @@
+"""Validation loss after a fixed time of training: recipes one after another on one GPU.
+
+    python benchmarks/time_to_quality.py --data FOLDER --budget 60 [--recipes REGEX] [--seeds 17,18]
+        [--also "NAME = RECIPE key=value ..."] [--override key=value] [--evals 10] [--limit SECONDS]
+        [--target LOSS] [--compare A B] [--glue FOLDER] [--add RECORD ...]
+        [--out benchmarks/records/NAME.json] [--picture NAME.png] [--commit HASH] [--tiny]
+
+Each run goes through `mosaicbert.pretrain`, with its loaders, for `--budget` seconds of training:
+the clock starts with the first batch and stands still in evaluations. What a recipe compiles is
+compiled in a short run before, and a run that compiled more while it was timed says so (`graphs`).
+A recipe whose mask rate or batch size moves over the run needs its length in samples: the budget
+times the samples a second of the run before of that model, so its seconds are a little off.
+The validation set is FOLDER/val (15 % masked, the same masks each time), all of it at every point
+of the curve. `--seeds` are those of weights, dropout, order and masks of the training data.
+The record is written after each run; `--add` takes runs of earlier records into the tables and the
+picture. `--compare A B`: when A's curve reaches the mean of B's last losses.
+"""
+
+import argparse
+import gc
+import json
+import re
+import shlex
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mosaicbert
+from mosaicbert.config import PretrainConfig, load_config
+from mosaicbert.train import trainer
+from mosaicbert.train.clock import Clock
+from mosaicbert.train.environment import describe_environment
+from mosaicbert.train.loggers import read_rows
+
+MAIN = Path(__file__).parents[1] / "yamls/main"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A YAML of yamls/main and what is changed in it."""
+
+    yaml: str
+    changes: tuple[str, ...] = ()
+
+    def but(self, *changes: str) -> "Recipe":
+        """The same with further changes, which win."""
+        return Recipe(self.yaml, (*self.changes, *changes))
+
+
+BATCH_256 = ("global_train_batch_size=256", "device_train_microbatch_size=256")
+BATCH_512 = ("global_train_batch_size=512", "device_train_microbatch_size=512")
+CHUNKS = "train_loader.dataset.long_documents=chunk"
+
+HF = Recipe("hf-bert-base-uncased.yaml", (*BATCH_256, CHUNKS, "scheduler.alpha_f=0"))
+MOSAIC = Recipe("mosaic-bert-base-uncased.yaml", (*BATCH_512, CHUNKS, "scheduler.alpha_f=0"))
+V2 = Recipe("mosaic-bert-v2-base.yaml", BATCH_512)
+RECIPES = {
+    "hf 1e-4": HF.but("optimizer.lr=1e-4", "scheduler.t_warmup=0.2dur"),
+    "hf 2e-4": HF.but("optimizer.lr=2e-4", "scheduler.t_warmup=0.2dur"),
+    "hf 4e-4": HF.but("optimizer.lr=4e-4", "scheduler.t_warmup=0.4dur"),
+    "mosaic 4e-4": MOSAIC.but("optimizer.lr=4e-4"),
+    "mosaic 8e-4": MOSAIC.but("optimizer.lr=8e-4", "scheduler.t_warmup=0.2dur"),
+    "v2": V2,
+    "v2 batch 256": V2.but(*BATCH_256),
+    "v2 masks falling": V2.but("mlm_probability=[0.3,0.15]"),
+    "v2 masks 15 %": V2.but("mlm_probability=0.15"),
+}
+TINY = (
+    "model.model_config.hidden_size=64",
+    "model.model_config.num_hidden_layers=2",
+    "model.model_config.num_attention_heads=2",
+    "model.model_config.intermediate_size=128",
+    "global_train_batch_size=8",
+    "device_train_microbatch_size=8",
+    "device_eval_batch_size=64",
+    "precision=fp32",
+    "device=cpu",
+    "train_loader.num_workers=0",
+)
+GLUE_TASKS = ("cola", "sst2", "mrpc", "stsb", "rte")
+"""The tasks that are complete in offline copies of GLUE."""
+WAITS = "throughput/data_wait_share"
+
+
+class TrainingClock(Clock):
+    """Counts training alone: from the first batch on, and not in evaluations."""
+
+    last: "TrainingClock"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_begun = False
+        self.evaluations: list[float] = []
+        """When each evaluation began, in seconds of training."""
+        TrainingClock.last = self
+
+    @property
+    def seconds_of_this_call(self) -> float:
+        """Since the first step, which asks first."""
+        if not self.has_begun:
+            self.has_begun = True
+            self.start(0.0)
+        return time.monotonic() - self._began
+
+    def skip(self) -> None:
+        """An evaluation is over: what it took does not count."""
+        self.evaluations.append(self._mark - self._began)
+        self._began += time.monotonic() - self._mark
+        super().skip()
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+class Harness:
+    """Runs recipes; knows which models have been compiled and how fast they were."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.speeds: dict[str, float] = {}
+        """Samples a second of each model that ran."""
+        trainer.Clock = TrainingClock  # type: ignore[misc]
+
+    def config(self, recipe: Recipe, *changes: str) -> PretrainConfig:
+        """The recipe on this benchmark's data, with `changes` and the command line's on top."""
+        args = self.args
+        words = [
+            *recipe.changes,
+            f"data_local={args.data}",
+            f"max_duration={args.budget}sec",
+            f"eval_interval={1 / args.evals}dur",
+            "eval_loader.dataset.split=val",
+            "eval_loader.num_workers=0",
+            "save_interval=0ba",
+            "log_to_console=false",
+            "progress_bar=false",
+            "python_log_level=warning",
+            *(TINY if args.tiny else ()),
+            *args.override,
+        ]
+        return load_config(PretrainConfig, MAIN / recipe.yaml, [*words, *changes])
+
+    def run(self, name: str, recipe: Recipe, seed: int) -> dict[str, Any]:
+        """One timed run, with what it compiles compiled before."""
+        began = time.monotonic()
+        row: dict[str, Any] = {"name": name, "seed": seed, "budget": self.args.budget}
+        row |= {"yaml": recipe.yaml, "changes": [*recipe.changes, *self.args.override]}
+        config = self.config(recipe, f"seed={seed}", f"train_loader.dataset.shuffle_seed={seed}")
+        key = _compiled_key(config)
+        moving = config.batch_size_warmup is not None or _moves(config)
+        if key not in self.speeds:
+            self.speeds[key] = self._warm_up(config, 40 if moving else 8)
+        if moving:
+            samples = int(self.args.budget * self.speeds[key])
+            samples -= samples % config.global_train_batch_size
+            config.max_duration = f"{samples}sp"
+        folder = Path(tempfile.mkdtemp(prefix="time-to-quality-"))
+        try:
+            config.run_folder = str(folder / "run")
+            config.save_folder = str(folder / "checkpoints") if self.args.glue else None
+            row |= self._timed(config, folder / "run")
+            self.speeds[key] = row["samples"] / row["seconds"]
+            row["overhead_seconds"] = time.monotonic() - began - row["seconds"]
+            if self.args.glue:
+                row["glue"] = _glue(config, self.args.glue, folder, self.args.tiny)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return row
+
+    def _warm_up(self, config: PretrainConfig, batches: int) -> float:
+        """Compile what the recipe needs; samples a second."""
+        short = config.model_copy(deep=True)
+        short.max_duration, short.eval_interval = f"{batches}ba", "0ba"
+        short.run_folder = short.save_folder = None
+        short.batch_size_warmup = None
+        result = mosaicbert.pretrain(short.model_dump(mode="json", by_alias=True))
+        _release()
+        tokens_per_sample = result.progress.token / result.progress.sample
+        return result.tokens_per_second / tokens_per_sample
+
+    def _timed(self, config: PretrainConfig, folder: Path) -> dict[str, Any]:
+        graphs = _graphs()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        result = mosaicbert.pretrain(config.model_dump(mode="json", by_alias=True))
+        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        rows = read_rows(folder / "metrics.jsonl")
+        losses = [row for row in rows if "metrics/eval/loss" in row]
+        times = TrainingClock.last.evaluations
+        assert len(times) == len(losses), f"{len(times)} evaluations, {len(losses)} rows"
+        curve = [
+            {
+                "seconds": seconds,
+                **{unit: row[unit] for unit in ("token", "sample", "batch", "epoch")},
+                "loss": row["metrics/eval/loss"],
+                "accuracy": row["metrics/eval/accuracy"],
+            }
+            for seconds, row in zip(times, losses, strict=True)
+        ]
+        train = [row["loss/train/total"] for row in rows if "loss/train/total" in row]
+        tail = train[-max(1, len(train) // 20) :]
+        waits = [row[WAITS] for row in rows if WAITS in row]
+        _release()
+        return {
+            "loss": curve[-1]["loss"],
+            "accuracy": curve[-1]["accuracy"],
+            "train_loss": statistics.fmean(tail),
+            "seconds": curve[-1]["seconds"],
+            "tokens": result.progress.token,
+            "samples": result.progress.sample,
+            "batches": result.progress.batch,
+            "epoch": result.progress.epoch,
+            "tokens_per_second": result.progress.token / curve[-1]["seconds"],
+            "data_wait_share": statistics.fmean(waits) if waits else None,
+            "graphs": _graphs() - graphs,
+            "peak_bytes": peak,
+            "curve": curve,
+            "config": config.model_dump(mode="json", by_alias=True, exclude_unset=True),
+        }
+
+
+def _moves(config: PretrainConfig) -> bool:
+    """Whether the mask rate moves over the run."""
+    own = config.train_loader.dataset.mlm_probability
+    return isinstance(config.mlm_probability if own is None else own, list)
+
+
+def _compiled_key(config: PretrainConfig) -> str:
+    """What tells whether a run can use the graphs of another."""
+    sizes = (config.device_train_microbatch_size, config.max_seq_len, config.precision)
+    rate = config.train_loader.dataset.mlm_probability
+    fixed = (config.global_train_batch_size, rate) if config.model.name == "hf_bert" else ()
+    return json.dumps([config.model.model_dump(), sizes, fixed])
+
+
+def _graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _release() -> None:
+    """Give the last model's memory back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _glue(config: PretrainConfig, data: Path, folder: Path, tiny: bool) -> dict[str, Any]:
+    """Fine-tune the run's checkpoint on the complete tasks, by the published settings, one seed."""
+    began = time.monotonic()
+    short = {"max_duration": "2ba"} if tiny else {}
+    results = mosaicbert.glue(
+        {
+            "base_run_name": "glue",
+            "data_dir": str(data),
+            "parallel": True,
+            "jobs_per_gpu": "auto",
+            "precision": config.precision,
+            "device": config.device,
+            "tokenizer_name": config.tokenizer_name,
+            "model": config.model.model_dump(mode="json", by_alias=True),
+            "algorithms": config.algorithms and config.algorithms.model_dump(mode="json"),
+            "starting_checkpoint_load_path": str(folder / "checkpoints"),
+            "run_folder": str(folder / "glue"),
+            "progress_bar": False,
+            "python_log_level": "warning",
+            "tasks": {
+                name: {
+                    "seeds": [19],
+                    "trainer_kwargs": {"save_num_checkpoints_to_keep": 0, **short},
+                }
+                for name in GLUE_TASKS
+            },
+        }
+    )
+    found = results.to_dict()
+    return {
+        "mean": found["glue"],
+        "tasks": found["task_means"],
+        "scores": found["scores"],
+        "seconds": time.monotonic() - began,
+    }
+
+
+# --- what the curves say --------------------------------------------------------------------------
+
+
+def seconds_to(curve: list[dict[str, Any]], loss: float) -> float | None:
+    """When the curve first reaches `loss`, on straight lines between its points; None: never.
+
+    The first point's own time where it is below already: an upper bound.
+    """
+    before = None
+    for point in curve:
+        if point["loss"] <= loss:
+            if before is None:
+                return float(point["seconds"])
+            share = (before["loss"] - loss) / (before["loss"] - point["loss"])
+            return float(before["seconds"] + share * (point["seconds"] - before["seconds"]))
+        before = point
+    return None
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """At most 80 columns; runs of one name and budget in one line, `+-` half their range."""
+    lines = [
+        f"{'recipe':25} {'s':>5} n {'val loss':>8} {'+-':>5} {'acc':>5} {'train':>5}"
+        f" {'ktok/s':>6} {'Mtok':>5} {'ep':>2}  G"
+    ]
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for run in runs:
+        if "error" in run:
+            lines.append(f"{run['name'][:25]:25} {run['error']}"[:80])
+        else:
+            groups.setdefault((run["name"], run["budget"]), []).append(run)
+
+    def mean(rows: list[dict[str, Any]], name: str) -> float:
+        return statistics.fmean(row[name] for row in rows)
+
+    for (name, _), rows in sorted(groups.items(), key=lambda item: mean(item[1], "loss")):
+        losses = [row["loss"] for row in rows]
+        spread = f"{(max(losses) - min(losses)) / 2:.3f}" if len(rows) > 1 else ""
+        lines.append(
+            f"{name[:25]:25} {mean(rows, 'seconds'):5.0f} {len(rows)} {mean(rows, 'loss'):8.4f}"
+            f" {spread:>5} {mean(rows, 'accuracy'):5.3f} {mean(rows, 'train_loss'):5.2f}"
+            f" {mean(rows, 'tokens_per_second') / 1e3:6.0f} {mean(rows, 'tokens') / 1e6:5.0f}"
+            f" {mean(rows, 'epoch'):2.0f} {sum(row['graphs'] for row in rows):2}"
+        )
+    scored = [run for run in runs if "glue" in run]
+    if scored:
+        lines.append(f"\n{'GLUE, one seed':27}{'mean':>8}" + "".join(f"{t:>8}" for t in GLUE_TASKS))
+    for run in scored:
+        tasks = "".join(f"{run['glue']['tasks'][name]:8.2f}" for name in GLUE_TASKS)
+        lines.append(f"{run['name'][:22]:22}{run['seed']:4} {run['glue']['mean']:8.2f}{tasks}")
+    return "\n".join(lines)
+
+
+def reached(runs: list[dict[str, Any]], loss: float, title: str) -> str:
+    """When each run reaches `loss`."""
+    lines = [f"\nSeconds to {title}, {loss:.4f}:"]
+    for run in runs:
+        seconds = seconds_to(run["curve"], loss)
+        text = "not within" if seconds is None else f"{seconds:7.1f} of"
+        lines.append(f"{run['name'][:40]:40} seed {run['seed']:<6} {text} {run['seconds']:.0f} s")
+    return "\n".join(lines)
+
+
+def compare(runs: list[dict[str, Any]], a: str, b: str) -> str:
+    """When A's runs reach the mean of the last losses of B's longest runs."""
+    longest = max((run["budget"] for run in runs if run["name"] == b), default=None)
+    others = [run for run in runs if run["name"] == b and run["budget"] == longest]
+    if not others:
+        return f"\n--compare: there is no run of {b!r}."
+    loss = statistics.fmean(run["loss"] for run in others)
+    seconds = statistics.fmean(run["seconds"] for run in others)
+    title = f"the loss of {b!r} after {seconds:.0f} s (n = {len(others)})"
+    return reached([run for run in runs if run["name"] == a], loss, title)
+
+
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
+    """Loss against seconds and against tokens; a colour a recipe, a line a run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    by_seconds, by_tokens = figure.subplots(1, 2, sharey=True)
+    names = list(dict.fromkeys(run["name"] for run in runs))
+    for run in runs:
+        losses = [point["loss"] for point in run["curve"]]
+        color = f"C{names.index(run['name']) % 10}"
+        style = ("-", "--", ":", "-.")[names.index(run["name"]) // 10 % 4]
+        for axes, unit, scale in ((by_seconds, "seconds", 1.0), (by_tokens, "token", 1e-6)):
+            at = [point[unit] * scale for point in run["curve"]]
+            axes.plot(at, losses, style, color=color, marker=".", label=run["name"])
+    by_seconds.set(xlabel="seconds of training", ylabel="validation MLM loss, 15 % masked")
+    by_tokens.set(xlabel="million tokens")
+    for axes in (by_seconds, by_tokens):
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3, which="both")
+    handles, labels = by_seconds.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside right upper", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+# --- command --------------------------------------------------------------------------------------
+
+
+def log(text: str) -> None:
+    """Print at once: the run may be cut off."""
+    print(text, flush=True)
+
+
+def chosen(args: argparse.Namespace) -> dict[str, Recipe]:
+    """The recipes that `--recipes` matches, with those of `--also`."""
+    recipes = dict(RECIPES)
+    for text in args.also:
+        name, equals, words = text.partition(" = ")
+        base, *changes = shlex.split(words)
+        base = base.replace("_", " ")
+        if not equals or base not in recipes:
+            known = ", ".join(name.replace(" ", "_") for name in recipes)
+            sys.exit(f"--also {text!r}: write NAME = RECIPE key=value ...; recipes: {known}")
+        recipes[name] = recipes[base].but(*changes)
+    return {name: recipe for name, recipe in recipes.items() if re.search(args.recipes, name)}
+
+
+def write(args: argparse.Namespace, runs: list[dict[str, Any]], environment: Any) -> None:
+    """The record as far as it is, whole or not at all."""
+    if args.out is None:
+        return
+    record = {
+        "claim": "validation MLM loss (15 % masked) after a fixed time of training on one device",
+        "environment": environment | {"commit": args.commit or environment["commit"]},
+        "settings": {"budget": args.budget, "evals": args.evals, "tiny": args.tiny},
+        "runs": runs,
+    }
+    part = args.out.with_suffix(".part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(args.out)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipes", default="", help="regular expression: which recipes")
+    parser.add_argument("--also", action="append", default=[], help="'NAME = RECIPE key=value ..'")
+    parser.add_argument("--override", action="append", default=[], help="key=value, for all")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds of training")
+    parser.add_argument("--seeds", default="17", help="comma-separated")
+    parser.add_argument("--evals", type=int, default=10, help="points of the curve")
+    parser.add_argument("--limit", type=float, help="start no run that would end after so long")
+    parser.add_argument("--data", type=Path, help="folder with train/ and val/")
+    parser.add_argument("--glue", type=Path, help="folder of GLUE: fine-tune after each run")
+    parser.add_argument("--target", type=float, action="append", default=[], help="a loss")
+    parser.add_argument("--compare", nargs=2, action="append", default=[], metavar=("A", "B"))
+    parser.add_argument("--add", type=Path, nargs="*", default=[], help="records of earlier runs")
+    parser.add_argument("--out", type=Path, help="where to write the record")
+    parser.add_argument("--picture", type=Path, help="where to draw the curves")
+    parser.add_argument("--commit", help="commit that is measured")
+    parser.add_argument("--tiny", action="store_true", help="small shapes on a CPU, to rehearse")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run, print, write."""
+    began = time.monotonic()
+    args = parse()
+    runs = [run for path in args.add for run in json.loads(path.read_text())["runs"]]
+    environment = describe_environment()
+    harness = Harness(args)
+    todo = [(n, r, int(s)) for s in args.seeds.split(",") for n, r in chosen(args).items()]
+    for name, recipe, seed in todo if args.data else []:
+        if args.limit and time.monotonic() - began + args.budget + 10 > args.limit:
+            log(f"{name}, seed {seed}: left out, no time")
+            continue
+        try:
+            run = harness.run(name, recipe, seed)
+            log(
+                f"{name}, seed {seed}: {run['loss']:.4f} after {run['seconds']:.1f} s, "
+                f"{run['tokens_per_second'] / 1e3:.0f}k tok/s, {run['overhead_seconds']:.1f} s more"
+                f" [{' '.join(format(point['loss'], '.2f') for point in run['curve'])}]"
+            )
+        except Exception as error:  # a recipe that cannot be does not end the others
+            run = {"name": name, "seed": seed, "budget": args.budget}
+            run["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            log(f"{name}, seed {seed}: {run['error']}")
+            _release()
+        runs.append(run)
+        write(args, runs, environment)
+    whole = [run for run in runs if "error" not in run]
+    log("\n" + table(runs))
+    for loss in args.target:
+        log(reached(whole, loss, "the target"))
+    for a, b in args.compare:
+        log(compare(whole, a, b))
+    if args.picture and whole:
+        draw(whole, args.picture)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
