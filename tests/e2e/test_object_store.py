@@ -1,7 +1,6 @@
-"""Streaming from S3 through a proxy with faults, with the real client; skipped without it.
+"""Streaming from S3 with its real client, through a proxy with faults.
 
-`pip install s3fs 'moto[server]'` makes it run. Without them, the same faults are tested on a store
-in memory (tests/unit/test_stream.py).
+The faults that a store in memory can have are in tests/unit/test_stream.py.
 """
 
 import http.client
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -29,7 +28,7 @@ from mosaicbert.errors import DataError
 s3fs = pytest.importorskip("s3fs")
 moto_server = pytest.importorskip("moto.server")
 
-pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(120)]
 
 SHARD = "shard.00001.mds"
 NUM_SAMPLES = 40
@@ -42,6 +41,8 @@ class FaultyProxy(BaseHTTPRequestHandler):
     store: ClassVar[tuple[str, int]] = ("", 0)
     faults: ClassVar[dict[str, list[str]]] = {}
     answered: ClassVar[Counter[str]] = Counter()
+    go_on: ClassVar[threading.Event] = threading.Event()
+    """Ends all stalls."""
 
     def _answer(self) -> None:
         name = self.path.split("?")[0].rsplit("/", 1)[-1]
@@ -59,7 +60,7 @@ class FaultyProxy(BaseHTTPRequestHandler):
         if fault.isdecimal():
             status, body = int(fault), b"<Error><Code>SlowDown</Code></Error>"
         if fault == "stall":
-            time.sleep(6)
+            self.go_on.wait(30)
         if fault == "flip":
             body = bytes([body[0] ^ 1]) + body[1:]
         if fault == "short":
@@ -72,7 +73,11 @@ class FaultyProxy(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(size))
         with suppress(OSError):  # who asked has gone
             self.end_headers()
-            if self.command != "HEAD":
+            if self.command == "GET" and fault == "slow":
+                for byte in range(0, len(body), 100):
+                    self.wfile.write(body[byte : byte + 100])
+                    time.sleep(0.02)
+            elif self.command != "HEAD":
                 self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
         if fault == "cut":
             self.close_connection = True
@@ -83,9 +88,19 @@ class FaultyProxy(BaseHTTPRequestHandler):
         """No line for each request."""
 
 
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """A data set of five shards in a bucket, which is reached through the proxy."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of five shards."""
+    folder = tmp_path_factory.mktemp("made")
+    with MDSWriter(folder / "train", {"text": "str"}, size_limit=900) as writer:
+        for i in range(NUM_SAMPLES):
+            writer.write({"text": f"text number {i:04d} " + "word " * 12})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(made: Path) -> Iterator[str]:
+    """The data set in a bucket, which is reached through the proxy."""
     server = moto_server.ThreadedMotoServer(port=0, verbose=False)
     server.start()
     FaultyProxy.store = server.get_host_and_port()
@@ -93,32 +108,39 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     reset.request("POST", "/moto-api/reset")  # servers of one process share their buckets
     reset.getresponse().read()
     reset.close()
-    FaultyProxy.faults = {}
-    FaultyProxy.answered.clear()
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), FaultyProxy)
     proxy.daemon_threads = True
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setattr(download_module, "BACKOFF_SECONDS", 0.01)
-    made = tmp_path / "made" / "train"
-    with MDSWriter(made, {"text": "str"}, size_limit=900) as writer:
-        for i in range(NUM_SAMPLES):
-            writer.write({"text": f"text number {i:04d} " + "word " * 12})
-    s3fs.S3FileSystem.clear_instance_cache()
-    store = s3fs.S3FileSystem()
-    store.mkdir("texts")
-    store.put(str(made), "texts/train", recursive=True)
-    yield "s3://texts"
-    s3fs.S3FileSystem.clear_instance_cache()
+    threading.Thread(target=proxy.serve_forever, args=(0.05,), daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")  # the client's own tries, so that ours are tested
+        patch.setattr(s3fs.S3FileSystem, "retries", 1)
+        s3fs.S3FileSystem.clear_instance_cache()
+        client = s3fs.S3FileSystem()
+        client.mkdir("texts")
+        client.put(str(made / "train"), "texts/train", recursive=True)
+        yield "s3://texts"
+        s3fs.S3FileSystem.clear_instance_cache()
     proxy.shutdown()
     proxy.server_close()
     server.stop()
 
 
-def epoch(local: Path, remote: str | None, num_workers: int = 0) -> list[torch.Tensor]:
+@pytest.fixture
+def bucket(store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The same, with no faults to begin with."""
+    monkeypatch.setattr(FaultyProxy, "faults", {})
+    monkeypatch.setattr(FaultyProxy, "go_on", threading.Event())
+    monkeypatch.setattr(download_module, "BACKOFF_SECONDS", 0.01)
+    FaultyProxy.answered.clear()
+    yield store
+    FaultyProxy.go_on.set()
+
+
+def epoch(local: Path, remote: str | None, num_workers: int = 0, **patience: Any) -> list[Any]:
     """The token ids of an epoch, step by step."""
     dataset = DatasetConfig(
         local=str(local),
@@ -127,8 +149,7 @@ def epoch(local: Path, remote: str | None, num_workers: int = 0) -> list[torch.T
         shuffle=True,
         max_seq_len=32,
         tokenizer_name="bert-base-uncased",
-        download_timeout=3.0,
-        download_retry=3,
+        **patience,
     )
     loader = build_text_loader(
         LoaderConfig(dataset=dataset, num_workers=num_workers, drop_last=False, pin_memory=False),
@@ -144,52 +165,68 @@ def epoch(local: Path, remote: str | None, num_workers: int = 0) -> list[torch.T
     return [batch.input_ids for step in loader.steps(0) for batch in step.microbatches]
 
 
-def assert_whole(local: Path, remote: str, tmp_path: Path, num_workers: int = 0) -> None:
+def assert_whole(made: Path, local: Path, remote: str, **settings: Any) -> None:
     """An epoch from the store is the one from the disk, and leaves the shards alone behind."""
-    expected = epoch(tmp_path / "made", None)
-    found = epoch(local, remote, num_workers)
+    expected = epoch(made, None)
+    found = epoch(local, remote, **settings)
     assert len(found) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not list(local.glob("train/.*"))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_an_epoch_from_s3(bucket: str, tmp_path: Path, num_workers: int) -> None:
-    assert_whole(tmp_path / "local", bucket, tmp_path, num_workers)
+def test_an_epoch_from_s3(bucket: str, made: Path, tmp_path: Path, num_workers: int) -> None:
+    assert_whole(made, tmp_path / "local", bucket, num_workers=num_workers)
     assert FaultyProxy.answered[SHARD] == 1
 
 
 @pytest.mark.parametrize("fault", ["cut", "500", "503", "short", "flip", "stall"])
-def test_a_passing_fault_is_overcome(bucket: str, tmp_path: Path, fault: str) -> None:
-    FaultyProxy.faults = {SHARD: [fault], "index.json": [fault]}
-    assert_whole(tmp_path / "local", bucket, tmp_path)
-    assert FaultyProxy.answered[SHARD] > 1
+def test_a_passing_fault_is_overcome(bucket: str, made: Path, tmp_path: Path, fault: str) -> None:
+    FaultyProxy.faults.update({SHARD: [fault, fault], "index.json": [fault]})
+    patience = {"download_timeout": 1.0, "download_retry": 8} if fault == "stall" else {}
+    assert_whole(made, tmp_path / "local", bucket, **patience)
+    assert FaultyProxy.answered[SHARD] == 3
 
 
-@pytest.mark.parametrize("fault", ["cut", "403", "404", "503", "short", "flip", "stall"])
-def test_a_lasting_fault_names_the_shard(
-    bucket: str, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    FaultyProxy.faults = {SHARD: [fault] * 1000}
+def test_a_slow_store_is_waited_for(bucket: str, made: Path, tmp_path: Path) -> None:
+    FaultyProxy.faults.update({SHARD: ["slow"], "index.json": ["slow"]})
+    assert_whole(made, tmp_path / "local", bucket)
+    assert FaultyProxy.answered[SHARD] == 1
+
+
+@pytest.mark.parametrize("fault", ["cut", "403", "404", "500", "503", "short", "flip", "stall"])
+def test_a_lasting_fault_names_the_shard(bucket: str, tmp_path: Path, fault: str) -> None:
+    FaultyProxy.faults.update({SHARD: [fault] * 1000})
     started = time.monotonic()
+    timeout = 1.0 if fault == "stall" else 60.0
     with pytest.raises(DataError, match=SHARD):
-        epoch(tmp_path / "local", bucket)
+        epoch(tmp_path / "local", bucket, download_retry=2, download_timeout=timeout)
     assert time.monotonic() - started < 60
+    FaultyProxy.go_on.set()
     deadline = time.monotonic() + 20
     while list(tmp_path.glob("local/train/.*tmp")) and time.monotonic() < deadline:
-        time.sleep(0.1)  # a thread that was given up tidies up when its answer comes
+        time.sleep(0.02)  # a thread that was given up tidies up when its answer comes
     assert not list(tmp_path.glob("local/train/.*"))
     assert not (tmp_path / "local" / "train" / SHARD).exists()
 
 
-def test_a_killed_reader_leaves_nothing_in_the_way(bucket: str, tmp_path: Path) -> None:
-    FaultyProxy.faults = {SHARD: ["stall"]}
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
-        "from test_object_store import epoch; epoch(Path(sys.argv[2]), sys.argv[3])"
-    )
-    here = str(Path(__file__).parent)
-    words = [sys.executable, "-c", code, here, str(tmp_path / "local"), bucket]
+READER = """
+import sys
+from pathlib import Path
+from mosaicbert.config.sections import DatasetConfig
+from mosaicbert.data.folders import open_folder, streams_of
+from mosaicbert.data.stream import ShardSet
+
+config = DatasetConfig(local=sys.argv[1], remote=sys.argv[2], split="train")
+shards = ShardSet([open_folder(config, "dataset", streams_of(config)["dataset"])])
+for number in range(len(shards.infos)):
+    shards.open(number)
+"""
+
+
+def test_a_killed_reader_leaves_nothing_in_the_way(bucket: str, made: Path, tmp_path: Path) -> None:
+    FaultyProxy.faults.update({SHARD: ["stall"]})
+    words = [sys.executable, "-c", READER, str(tmp_path / "local"), bucket]
     reader = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     deadline = time.monotonic() + 60
     while not FaultyProxy.answered[SHARD]:
@@ -198,4 +235,5 @@ def test_a_killed_reader_leaves_nothing_in_the_way(bucket: str, tmp_path: Path) 
         time.sleep(0.02)
     reader.kill()
     reader.wait()
-    assert_whole(tmp_path / "local", bucket, tmp_path)
+    assert (tmp_path / "local" / "train" / f".{SHARD}.lock").exists()  # it was in the middle of it
+    assert_whole(made, tmp_path / "local", bucket)
