@@ -30,6 +30,7 @@ COMMANDS = {
     "glue": Command("fine-tuning on all of GLUE from a YAML", "mosaicbert.glue_suite.jobs"),
     "bench": Command("how fast a YAML's training step is here", "mosaicbert.bench"),
     "report": Command("one page about a run, or several compared", "mosaicbert.report"),
+    "watch": Command("follow a run from another terminal", "mosaicbert.watch"),
     "predict": Command("what a model says of each row of a file", "mosaicbert.predict.files"),
     "export": Command("a checkpoint to Hugging Face or ONNX", "mosaicbert.models.export"),
     "launch": Command("a cluster file from a YAML", "mosaicbert.launch.clusters"),

@@ -19,6 +19,7 @@ ALLOWED = {
     "train": BASE | {"train", "slurm"},
     "launch": BASE | {"launch", "slurm"},
     "report": BASE | {"train", "report"},
+    "watch": BASE | {"train", "report"},
     "run": BASE | {"models", "train", "report"},
     "pretraining": BASE | {"run", "data", "models", "train", "launch"},
     "finetuning": BASE | {"run", "data", "models", "train", "launch", "cli", "predict"},

@@ -3,7 +3,8 @@
 rich honours `NO_COLOR` and `TERM=dumb` by itself. Lines fit into 80 columns.
 """
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 from rich.console import Console
 from rich.live import Live
@@ -48,12 +49,17 @@ def build_console(
 
 
 class Course:
-    """How far a run is, and how long it has left."""
+    """How far a run is, and how long it has left; `clock` tells its seconds."""
 
-    def __init__(self, total: Duration, batches_per_epoch: int | None) -> None:
+    def __init__(
+        self,
+        total: Duration,
+        batches_per_epoch: int | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.total = total
         self.batches_per_epoch = batches_per_epoch
-        self._time_left = TimeLeft(total)
+        self._time_left = TimeLeft(total, clock)
 
     def done(self, progress: Progress) -> float:
         """Share of the run."""
@@ -155,7 +161,9 @@ def place(progress: Progress, total: Duration) -> str:
 
 
 def step_words(metrics: Mapping[str, float], left: float | None) -> list[str]:
-    """The figures of one step, shortest form: loss, learning rate, speed, MFU, time left."""
+    """The figures of one step, shortest form: loss, learning rate, speed, MFU, time and cost
+    left.
+    """
     words = [f"loss {metrics[LOSS]:.4f}"]
     if "lr" in metrics:
         words.append(f"lr {metrics['lr']:.2e}")
@@ -165,6 +173,9 @@ def step_words(metrics: Mapping[str, float], left: float | None) -> list[str]:
         words.append(f"MFU {metrics['throughput/device/mfu']:.1%}")
     if left is not None:
         words.append(f"{clock(left)} left")
+    if "cost/spent" in metrics:
+        to_come = metrics.get("cost/remaining_estimate")
+        words.append(f"cost {metrics['cost/spent']:.2f}" + f"+{to_come or 0:.2f}" * bool(to_come))
     return words
 
 
