@@ -74,6 +74,19 @@ def test_an_evaluation_at_the_resume_point_stays(tmp_path):
     assert rows[2]["metrics/eval/loss"] == 1.0
 
 
+def test_a_finished_run_started_again_adds_no_row(tmp_path):
+    """It evaluates again where it ended, to report on it: that stands there already."""
+    for start in (0, 3):
+        logger = write(tmp_path, range(start + 1, 4), start=start, close=False)
+        logger.log({"metrics/eval/loss": 1.0}, at(3))
+        logger.close()
+    assert batches_of(tmp_path / "metrics.jsonl") == [1, 2, 3, 3]
+    logger = write(tmp_path, [], start=3, close=False)
+    logger.log({"metrics/eval/accuracy": 1.0}, at(3))  # another metric is news
+    logger.close()
+    assert batches_of(tmp_path / "metrics.jsonl") == [1, 2, 3, 3, 3]
+
+
 def test_a_new_run_moves_the_old_rows_aside(tmp_path):
     write(tmp_path, range(1, 4))
     write(tmp_path, [1], start=0)

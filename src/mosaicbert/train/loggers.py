@@ -79,6 +79,8 @@ class RunFolderLogger:
         self._jsonl_file: TextIO | None = None
         self._csv_file: TextIO | None = None
         self._columns: dict[str, None] = {}
+        self._start = 0
+        self._known_at_start: set[str] = set()
 
     def start(self, progress: Progress) -> None:
         """Say where the run starts, before the first row; without it the first row tells.
@@ -92,6 +94,8 @@ class RunFolderLogger:
         kept = [row for row in read_rows(self.jsonl) if row["batch"] <= progress.batch]
         write_whole(self.jsonl, "".join(json.dumps(row) + "\n" for row in kept))
         self._columns = dict.fromkeys(name for row in kept for name in row)
+        self._start = progress.batch
+        self._known_at_start = {n for row in kept if row["batch"] == self._start for n in row}
         self._jsonl_file = self.jsonl.open("a", encoding="utf-8")
         self._rewrite_csv(kept)
 
@@ -113,6 +117,8 @@ class RunFolderLogger:
         if self._jsonl_file is None:
             self.start(Progress(batch=max(progress.batch - 1, 0)))
         assert self._jsonl_file is not None
+        if progress.batch == self._start and metrics.keys() <= self._known_at_start:
+            return  # a run that was at its end evaluates again, to report on it
         row = _row(metrics, progress)
         self._jsonl_file.write(json.dumps(row) + "\n")
         self._jsonl_file.flush()
