@@ -159,6 +159,16 @@ def test_c4_names_pick_the_splits(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert texts(tmp_path / "o/val_small") == [f"held out {i}" for i in range(7)]
 
 
+@pytest.mark.parametrize("name", ["c4", "sample"])
+def test_a_folder_may_have_the_name_of_a_known_data_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    write_c4(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    run("--dataset", f"./{name}", "--out_root", "o", "--splits", "train")
+    assert texts(tmp_path / "o/train") == DOCUMENTS
+
+
 @pytest.mark.parametrize(
     ("name", "split"),
     [

@@ -129,9 +129,7 @@ def _requests(args: argparse.Namespace) -> list[Request]:
         held_out = args.val_fraction is not None and source == "validation"
         requests.append(
             Request(
-                dataset=args.dataset
-                if args.dataset in NAMED_DATASETS
-                else os.path.normpath(args.dataset),
+                dataset=_normal(args.dataset),
                 data_subset=subset,
                 split=split,
                 limit=limit,
@@ -147,6 +145,12 @@ def _requests(args: argparse.Namespace) -> list[Request]:
     if len({request.split for request in requests}) < len(requests):
         raise ConfigError(f"--splits {' '.join(args.splits)}: a split is named twice.")
     return requests
+
+
+def _normal(dataset: str) -> str:
+    """The same for all spellings of one path; `./c4` stays a folder, and `c4` a known name."""
+    path = os.path.normpath(dataset)
+    return f"./{path}" if path in NAMED_DATASETS and dataset not in NAMED_DATASETS else path
 
 
 def _form(args: argparse.Namespace) -> SampleForm:
