@@ -62,6 +62,7 @@ def test_sdpa_agrees_with_the_reference(lengths, window):
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
 @pytest.mark.parametrize("window", [None, 5])
+@torch.no_grad()
 def test_flex_agrees_with_the_reference(window):
     qkv, cu_seqlens, max_seqlen = packed([130, 3, 77, 0, 1, 190], head_dim=16)
     args = (cu_seqlens, max_seqlen, alibi_slopes(3))
@@ -70,6 +71,7 @@ def test_flex_agrees_with_the_reference(window):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
 def test_flex_blocks_cover_every_pair_of_a_sequence():
     lengths = [130, 3, 77, 0, 1, 190]
     _, cu_seqlens, max_seqlen = packed(lengths)
@@ -123,15 +125,38 @@ def test_attention_dropout_drops_in_training_only():
     assert (runs.mean(0) - clean).abs().mean() < 0.1 * clean.abs().mean() + 0.05
 
 
-def test_the_path_is_said_once(caplog):
+def test_the_path_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr(module.kernels, "why_not", lambda device: None)
     module._say_once.cache_clear()
     with caplog.at_level(logging.INFO, logger=module.__name__):
         for _ in range(3):
-            choose_backend(torch.device("cpu"), 64, torch.float32)
-            choose_backend(torch.device("cpu"), 64, torch.float32, dropout_p=0.1)
-    said = [record.message for record in caplog.records]
-    assert len(said) == 2
-    assert "dropout" in said[1]
+            choose_backend(torch.device("cuda"), 64, torch.float32)
+            choose_backend(torch.device("cuda"), 64, torch.float32, dropout_p=0.1)
+            choose_backend(torch.device("cuda"), 64, torch.float32, override="reference")
+    assert [record.message for record in caplog.records] == [
+        "Attention runs as 'triton' on cuda (the fastest).",
+        "Attention runs as 'sdpa' on cuda (not triton or flex: attention dropout needs the "
+        "attention weights, a slow path).",
+        "Attention runs as 'reference' on cuda (asked for).",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "head_dim", "dtype", "dropout_p", "message"),
+    [
+        ("triton", 64, torch.float32, 0.0, "but (triton is not installed|the device is cpu)"),
+        ("triton", 48, torch.float32, 0.0, "head sizes 32, 64 and 128, not 48"),
+        ("triton", 64, torch.float32, 0.1, "attention dropout"),
+        ("flex", 64, torch.float32, 0.1, "attention dropout"),
+        ("flex", 64, torch.float64, 0.0, "no float64"),
+        ("flex", 8, torch.float32, 0.0, "head size 8 is too small"),
+        ("flex", 64, torch.float32, 0.0, "on CPUs torch has no backward pass"),
+    ],
+)
+def test_a_backend_that_cannot_do_what_it_is_asked_for(asked, head_dim, dtype, dropout_p, message):
+    """Nothing is left out in silence: a kernel without dropout does not stand in for dropout."""
+    with pytest.raises(ConfigError, match=message):
+        choose_backend(torch.device("cpu"), head_dim, dtype, dropout_p, asked)
 
 
 def test_the_environment_overrides(monkeypatch):

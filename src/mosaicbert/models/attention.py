@@ -8,7 +8,8 @@
     sdpa       torch's scaled_dot_product_attention on padded sequences: CPUs, attention dropout
     reference  a loop over the sequences in plain torch: what the others are tested against
 
-`MOSAICBERT_ATTENTION=sdpa` (or another name) in the environment overrides the choice.
+The first of them that can do what is asked is taken. `MOSAICBERT_ATTENTION=sdpa` (or another name)
+in the environment overrides the choice. On CPUs torch's flex_attention has no backward pass.
 """
 
 import functools
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("triton", "flex", "sdpa", "reference")
 KERNEL_HEAD_DIMS = (32, 64, 128)
+FLEX_LEAST_HEAD_DIM = 16
 FLEX_BLOCK = 128
 MAX_BIAS_ELEMENTS = 1 << 27
 """`sdpa` takes sequences in groups whose bias has at most this many elements."""
@@ -147,30 +149,56 @@ def choose_backend(
     dropout_p: float = 0.0,
     override: str | None = None,
 ) -> str:
-    """One of `BACKENDS`; logs the first time which one and why."""
-    override = os.environ.get("MOSAICBERT_ATTENTION") or override
-    if override and override not in BACKENDS:
+    """The first of `BACKENDS` that can do this; logs the first time which one and why.
+
+    Raises:
+        ConfigError: the one asked for is unknown, or cannot do this.
+    """
+    asked = os.environ.get("MOSAICBERT_ATTENTION") or override
+    if asked and asked not in BACKENDS:
         raise ConfigError(
-            f"attention backend {override!r}: choose one of {', '.join(BACKENDS)}."
-            f"{did_you_mean(override, BACKENDS)}"
+            f"attention backend {asked!r}: choose one of {', '.join(BACKENDS)}."
+            f"{did_you_mean(asked, BACKENDS)}"
         )
-    objection = kernels.why_not(device)
-    if override:
-        backend, why = override, "asked for"
-    elif dropout_p > 0:
-        backend, why = "sdpa", "attention dropout needs the attention weights (a slow path)"
-    elif objection is not None:
-        backend, why = "sdpa", objection
-    elif dtype == torch.float64:
-        backend, why = "sdpa", "float64"
-    elif head_dim in KERNEL_HEAD_DIMS:
-        backend, why = "triton", f"the kernel knows head size {head_dim}"
-    elif head_dim >= 16:
-        backend, why = "flex", f"the kernel does not know head size {head_dim}"
-    else:
-        backend, why = "sdpa", f"head size {head_dim} is too small for the kernels"
-    _say_once(f"Attention runs as {backend!r} on {device.type}: {why}.")
+    passed_over: dict[str, list[str]] = {}
+    for backend in (asked,) if asked else BACKENDS:
+        objection = _objection(backend, device, head_dim, dtype, dropout_p, bool(asked))
+        if objection is None:
+            break
+        if asked:
+            raise ConfigError(
+                f"attention backend {asked!r} was asked for (attention_backend or "
+                f"MOSAICBERT_ATTENTION), but {objection}. Leave it out, or ask for sdpa."
+            )
+        passed_over.setdefault(objection, []).append(backend)
+    why = [f"not {' or '.join(names)}: {reason}" for reason, names in passed_over.items()]
+    why = ["asked for"] if asked else why or ["the fastest"]
+    _say_once(f"Attention runs as {backend!r} on {device.type} ({'; '.join(why)}).")
     return backend
+
+
+def _objection(
+    backend: str,
+    device: torch.device,
+    head_dim: int,
+    dtype: torch.dtype,
+    dropout_p: float,
+    asked: bool,
+) -> str | None:
+    """Why `backend` cannot do this; None if it can."""
+    if backend in ("sdpa", "reference"):
+        return None
+    if dropout_p > 0:
+        return "attention dropout needs the attention weights, a slow path"
+    if dtype == torch.float64:
+        return "it knows no float64"
+    if backend == "triton" and head_dim not in KERNEL_HEAD_DIMS:
+        return f"it knows head sizes 32, 64 and 128, not {head_dim}"
+    if backend == "flex" and head_dim < FLEX_LEAST_HEAD_DIM:
+        return f"head size {head_dim} is too small for it"
+    if backend == "flex" and asked and device.type == "cpu":  # to look at results, not to train
+        return "on CPUs torch has no backward pass of it" if torch.is_grad_enabled() else None
+    return kernels.why_not(device)
 
 
 def sequence_ids(cu_seqlens: Tensor, total_nnz: int) -> Tensor:
