@@ -70,7 +70,9 @@ class TrainerConfig(Strict):
     save_folder: str | None = None
     """Folder or URI for checkpoints; none are written without."""
     save_interval: TimeString = "1ep"
-    """How often to save; the end of a run always does."""
+    """How often to save."""
+    save_at_end: bool = True
+    """Save the end of a run, too."""
     save_num_checkpoints_to_keep: int = -1
     """How many checkpoints stay; -1 keeps all."""
     save_overwrite: bool = False
@@ -192,7 +194,7 @@ class GlueConfig(Strict):
     device: Literal["cpu", "gpu", "cuda"] | None = None
     """Where to train. Default: a GPU where there is one."""
     compile: bool | None = None
-    """Use torch.compile. Default: on a GPU."""
+    """Use torch.compile. Default: on a GPU, for Mosaic BERT."""
     data_dir: str | None = None
     """Folder of the tasks (parquet or TSV, named as on the hub), or `sample`. Default: the hub."""
     tokenizer_name: str = "bert-base-uncased"

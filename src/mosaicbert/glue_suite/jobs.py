@@ -26,6 +26,9 @@ from mosaicbert.glue_suite.tasks import GlueTask, pick, pick_all
 
 log = logging.getLogger(__name__)
 
+SAVE_INTERVAL = "2m"
+"""What a killed job loses at most, unless the YAML says otherwise."""
+
 
 @dataclass(frozen=True, slots=True)
 class GlueJob:
@@ -93,12 +96,15 @@ def _plan_job(
 ) -> GlueJob:
     folder = run_folder(config) / "jobs" / f"{task.name}-{seed}"
     max_seq_len = settings.max_seq_len or config.max_seq_len
+    name = config.model.name
+    starts_others = task.name == "mnli" and any(pick(t).starts_from_mnli for t in config.tasks)
     values: dict[str, Any] = {
         "run_name": f"{config.base_run_name}-{task.name}-{seed}",
         "seed": seed,
         "device": config.device,
         "precision": config.precision,
-        "compile": config.compile,
+        # HF BERT would be compiled for batches padded to max_seq_len: slower than short ones
+        "compile": False if config.compile is None and name == "hf_bert" else config.compile,
         "tokenizer_name": config.tokenizer_name,
         "max_seq_len": max_seq_len,
         "model": config.model.model_dump(by_alias=True) | {"num_labels": task.num_labels},
@@ -122,7 +128,7 @@ def _plan_job(
         "console_log_interval": "50ba",
         "run_folder": str(folder),
         "save_folder": _save_folder(config, task, seed, folder),
-        "save_interval": task.eval_interval,
+        "save_interval": SAVE_INTERVAL,
         "save_num_checkpoints_to_keep": 1,
         "autoresume": True,
         "load_path": start.config.save_folder if start else config.starting_checkpoint_load_path,
@@ -136,7 +142,7 @@ def _plan_job(
     keep = wished.get("save_num_checkpoints_to_keep", 0) != 0
     if not keep:
         wished.pop("save_num_checkpoints_to_keep", None)
-    values |= wished
+    values |= {"save_at_end": keep or starts_others} | wished
     where = f"tasks.{task.name}.trainer_kwargs"
     job_config = check(ClassifyConfig, {k: v for k, v in values.items() if v is not None}, where)
     return GlueJob(
@@ -246,11 +252,12 @@ def slots(config: GlueConfig) -> list[dict[str, str]]:
     per_gpu = 4 if config.jobs_per_gpu == "auto" else config.jobs_per_gpu
     if not config.parallel:
         return [{}]
+    cores = len(os.sched_getaffinity(0))
     if num_gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else [str(gpu) for gpu in range(num_gpus)]
-        return [{"CUDA_VISIBLE_DEVICES": name} for _ in range(per_gpu) for name in names]
-    cores = len(os.sched_getaffinity(0))
+        threads = {"OMP_NUM_THREADS": str(max(1, cores // (per_gpu * num_gpus)))}
+        return [threads | {"CUDA_VISIBLE_DEVICES": name} for _ in range(per_gpu) for name in names]
     return [{"OMP_NUM_THREADS": "1"} for _ in range(cores)]
 
 

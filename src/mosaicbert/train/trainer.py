@@ -183,7 +183,8 @@ class Trainer:
         stopped = self._stop_agreed and not self.is_done
         if not stopped and self._evaluated_at != self.progress.batch:
             self.evaluate()
-        self.saving.save(self.progress)
+        if self.config.save_at_end or stopped:
+            self.saving.save(self.progress)
         checkpoint = self.saving.close()
         self._log_checkpoint()
         if stopped:
