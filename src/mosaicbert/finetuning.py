@@ -5,18 +5,17 @@ import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from mosaicbert import run
-from mosaicbert.batch import IGNORE_INDEX, Batch, Loader, LossOutput
+from mosaicbert.batch import Loader
 from mosaicbert.cli import guarded, parse
 from mosaicbert.config import ClassifyConfig, load_config
 from mosaicbert.data.classification import build_classification_loader
@@ -199,7 +198,7 @@ def finetune(
     if config.load_path:
         load_weights(model, config.load_path, new_head=new_head)
     if config.class_weights is not None:
-        weigh_classes(model, _weights(train))
+        model.class_weights = _weights(train)
 
     loader = partial(_loader, config, ranks, tokenizer, is_packed(model))
     result = run.train(
@@ -312,39 +311,11 @@ def _best(config: ClassifyConfig, scores: Sequence[str], evaluation: str) -> Bes
     return Best(f"metrics/{evaluation}/{metric}", config.keep == "best", config.early_stopping)
 
 
-# --- class weights --------------------------------------------------------------------------------
-
-
 def _weights(train: Labelled) -> Tensor:
+    """`(num_labels,)`, 1 in the mean over the samples: the scale of the loss stays as it is."""
     if train.kind != "classification":
         raise ConfigError(f"class_weights: balanced is for classification, not {train.kind}.")
     return torch.from_numpy(class_weights(train))
-
-
-def weigh_classes(model: nn.Module, weights: Tensor) -> None:
-    """Weigh each class in the training loss; evaluations give the plain loss.
-
-    `weights (num_labels,)` with a mean of 1 over the training samples, so that the scale of the
-    loss stays as it is.
-    """
-    trained: Any = model
-    plain = trained.loss
-
-    def loss(batch: Batch, return_logits: bool = False) -> LossOutput:
-        if not model.training:
-            return plain(batch, return_logits)  # type: ignore[no-any-return]
-        output: LossOutput = plain(batch, return_logits=True)
-        assert output.logits is not None
-        loss_sum = F.cross_entropy(
-            output.logits.float(),
-            batch.labels,
-            weights.to(output.logits.device),
-            ignore_index=IGNORE_INDEX,
-            reduction="sum",
-        )
-        return replace(output, loss_sum=loss_sum)
-
-    trained.loss = loss
 
 
 # --- command --------------------------------------------------------------------------------------

@@ -5,18 +5,14 @@ import json
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from tiny_run import ALONE
-from torch import nn
 
-from mosaicbert.batch import IGNORE_INDEX, Batch, LossOutput
 from mosaicbert.config import ClassifyConfig, check
 from mosaicbert.data.examples import Examples
 from mosaicbert.data.tokens import TokenExamples
 from mosaicbert.errors import ConfigError
-from mosaicbert.finetuning import KINDS, classify, read_data, weigh_classes
-from mosaicbert.models.heads import PROBLEM_TYPES, cross_entropy_sum
+from mosaicbert.finetuning import KINDS, classify, read_data
+from mosaicbert.models.heads import PROBLEM_TYPES
 from mosaicbert.models.register import TASKS
 from mosaicbert.predict import review
 
@@ -46,34 +42,6 @@ def test_kinds_name_what_models_know():
     assert {kind.problem_type for kind in KINDS.values()} == {None, *PROBLEM_TYPES}
     for name, kind in KINDS.items():
         assert kind.metric(kind.scores, *(["O", "B-X"],) * (name == "token_classification"))
-
-
-class Linear(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(4, 3)
-
-    def loss(self, batch, return_logits=False):
-        logits = self.head(batch.input_ids)
-        return LossOutput(
-            cross_entropy_sum(logits, batch.labels), logits if return_logits else None
-        )
-
-
-def test_class_weights_are_those_of_torch():
-    torch.manual_seed(0)
-    model, weights = Linear(), torch.tensor([0.5, 1.0, 3.0])
-    x, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 2, 0, IGNORE_INDEX])
-    batch = Batch(x, labels, 5, 5, 5, 1)
-    plain = model.loss(batch).loss_sum
-    weigh_classes(model, weights)
-    loss = model.loss(batch).loss_sum
-    want = F.cross_entropy(model.head(x)[:5], labels[:5], weights, reduction="none").sum()
-    torch.testing.assert_close(loss, want)
-    loss.backward()
-    assert model.head.weight.grad.abs().sum() > 0
-    model.eval()
-    torch.testing.assert_close(model.loss(batch).loss_sum, plain)
 
 
 def test_folds_validate_on_every_row_once(tmp_path, monkeypatch):

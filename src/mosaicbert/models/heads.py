@@ -88,29 +88,34 @@ class CheckedModel:
             check_ids(labels.masked_fill(labels == IGNORE_INDEX, 0), classes, "labels")
 
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy_sum(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """Cross-entropy in float32, summed over the rows whose label is not `IGNORE_INDEX`.
 
-    Shapes: `logits (..., classes)`, `labels (...)` int64; gives a scalar.
+    Shapes: `logits (..., classes)`, `labels (...)` int64, `weights (classes,)` float32; gives a
+    scalar. Each row counts as much as its label's weight.
     """
     return F.cross_entropy(
         logits.flatten(0, -2).float(),
         labels.flatten(),
+        None if weights is None else weights.to(logits.device),
         ignore_index=IGNORE_INDEX,
         reduction="sum",
     )
 
 
-def classification_loss_sum(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
+def classification_loss_sum(
+    logits: Tensor, labels: Tensor, kind: str, weights: Tensor | None = None
+) -> Tensor:
     """Loss of a sequence-classification head, summed over its labels; a scalar, float32.
 
     `logits (batch, num_labels)`. `regression`: squared error against float labels `(batch,)` or
     `(batch, num_labels)`. `single_label_classification`: cross-entropy against int64 labels
-    `(batch,)`. `multi_label_classification`: binary cross-entropy against float labels `(batch,
-    num_labels)`. NaN is ignored. Divided by the number of labels, each is Hugging Face's loss.
+    `(batch,)`, each class weighed by `weights (num_labels,)`. `multi_label_classification`: binary
+    cross-entropy against float labels `(batch, num_labels)`. NaN is ignored. Divided by the number
+    of labels, each is Hugging Face's loss.
     """
     if kind == "single_label_classification":
-        return cross_entropy_sum(logits, labels)
+        return cross_entropy_sum(logits, labels, weights)
     labels = labels.float().view(logits.shape)
     real = ~labels.isnan()
     labels, logits = labels.masked_fill(~real, 0.0), logits.float()

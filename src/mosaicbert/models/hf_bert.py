@@ -137,11 +137,15 @@ class BertForMaskedLM(_Trainable, hf.BertForMaskedLM):  # type: ignore[misc]
 class BertForSequenceClassification(_Trainable, hf.BertForSequenceClassification):  # type: ignore[misc]
     """Hugging Face's, trainable on padded batches."""
 
+    class_weights: Tensor | None = None
+    """`(num_labels,)` float32: weighs each class in `loss` while training."""
+
     def loss(self, batch: Batch, return_logits: bool = False) -> LossOutput:
         """Summed loss of a padded batch's sequences."""
         logits = self._logits(batch)
         kind = problem_type(self.config.problem_type, self.config.num_labels)
-        loss_sum = classification_loss_sum(logits, batch.labels, kind)
+        weights = self.class_weights if self.training else None
+        loss_sum = classification_loss_sum(logits, batch.labels, kind, weights)
         return LossOutput(loss_sum, logits if return_logits else None)
 
 

@@ -5,7 +5,7 @@ Each model takes padded batches through `forward`, as Hugging Face's do, and pac
 """
 # mypy: disable-error-code="no-any-return"
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -238,9 +238,57 @@ class MosaicBertModel(MosaicBertPreTrainedModel):
         )
 
 
-class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
+class _WithHead(MosaicBertPreTrainedModel):
+    """An encoder, a head and a loss, over padded and over packed batches."""
+
+    output_class: ClassVar[Any]
+    per_token = True
+    """Whether there is a label for each token, or for each sequence."""
+
+    def logits(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """`(total_nnz, hidden)` -> `(total_nnz, outputs)`, or `(batch, outputs)`."""
+        raise NotImplementedError
+
+    def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Summed over the labels that count; a scalar, float32."""
+        return cross_entropy_sum(logits, labels)
+
+    def loss(self, batch: Batch, return_logits: bool = False) -> LossOutput:
+        """Summed loss of a packed batch."""
+        assert batch.cu_seqlens is not None
+        logits = self.logits(self._encode(batch), batch.cu_seqlens)
+        loss_sum = self.loss_sum(logits, batch.labels)
+        return LossOutput(loss_sum, logits if return_logits else None)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> Any:
+        """Padded `(batch, seq)` in; `logits (batch, seq, outputs)`, zeros at padding.
+
+        A head on sequences gives `(batch, outputs)`. `loss` is the mean over the labels that
+        count: not those of -100 (or NaN), nor any at padding.
+        """
+        x, packed, states = self._run(
+            input_ids, attention_mask, token_type_ids, output_hidden_states
+        )
+        logits, loss = self.logits(x, packed.cu_seqlens), None
+        if labels is not None:
+            labels = packed.pack(labels) if self.per_token else labels
+            loss = mean_loss(self.loss_sum(logits, labels), labels)
+        logits = packed.pad(logits) if self.per_token else logits
+        return self.output_class(loss=loss, logits=logits, hidden_states=states)
+
+
+class MosaicBertForMaskedLM(_WithHead):
     """Mosaic BERT with the masked-language-modelling head."""
 
+    output_class = MaskedLMOutput
     _tied_weights_keys = {  # noqa: RUF012
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"
     }
@@ -261,6 +309,14 @@ class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
         """Put another decoder in."""
         self.cls.predictions.decoder = new_embeddings
 
+    def logits(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """`(total_nnz, hidden)` -> `(total_nnz, vocab_size)`."""
+        return self._real(self.cls.predictions(x))
+
+    def _real(self, logits: Tensor) -> Tensor:
+        """Logits without the vocabulary's padding."""
+        return logits[:, : self.config.vocab_size]
+
     def head_loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Head and loss of masked rows `x (num_target_rows, hidden)`: loss_sum, logits.
 
@@ -271,38 +327,11 @@ class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
         return cross_entropy_sum(logits, labels), logits.detach()
 
     def loss(self, batch: Batch, return_logits: bool = False) -> LossOutput:
-        """Summed cross-entropy of a packed batch's targets."""
+        """Summed cross-entropy of a packed batch's targets; the head runs on these alone."""
         assert batch.target_positions is not None
         x = self._encode(batch, batch.target_positions)
         loss_sum, logits = self.head_loss(x, batch.labels)
         return LossOutput(loss_sum, self._real(logits) if return_logits else None)
-
-    def _real(self, logits: Tensor) -> Tensor:
-        """Logits without the vocabulary's padding."""
-        return logits[:, : self.config.vocab_size]
-
-    @can_return_tuple  # type: ignore[untyped-decorator]
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-    ) -> MaskedLMOutput:
-        """Padded `(batch, seq)` in; `logits (batch, seq, vocab_size)`, zeros at padding.
-
-        `labels (batch, seq)`: -100 is ignored, and so is padding; `loss` is the mean over the rest.
-        """
-        x, packed, states = self._run(
-            input_ids, attention_mask, token_type_ids, output_hidden_states
-        )
-        logits = self._real(self.cls.predictions(x))
-        loss = None
-        if labels is not None:
-            targets = packed.pack(labels)
-            loss = mean_loss(cross_entropy_sum(logits, targets), targets)
-        return MaskedLMOutput(loss=loss, logits=packed.pad(logits), hidden_states=states)
 
     def flops_per_token(self, seq_len: float, more_parameters: float = 0.0) -> float:
         """The head, and the last layer behind its attention, run on `mlm_share` of the tokens."""
@@ -312,13 +341,13 @@ class MosaicBertForMaskedLM(MosaicBertPreTrainedModel):
         return super().flops_per_token(seq_len, more_parameters)
 
 
-class _WithClassifier(MosaicBertPreTrainedModel):
+class _WithClassifier(_WithHead):
     """Dropout and a linear classifier, on sequences or on tokens."""
 
-    def __init__(self, config: MosaicBertConfig, add_pooling_layer: bool) -> None:
+    def __init__(self, config: MosaicBertConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.bert = MosaicBertModel(config, add_pooling_layer)
+        self.bert = MosaicBertModel(config, add_pooling_layer=not self.per_token)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         dropout = config.classifier_dropout
         self.dropout = config.hidden_dropout_prob if dropout is None else dropout
@@ -328,72 +357,33 @@ class _WithClassifier(MosaicBertPreTrainedModel):
         """`(rows, hidden)` -> logits `(rows, num_labels)`."""
         return self.classifier(F.dropout(x, self.dropout, self.training))
 
+    def logits(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """`(total_nnz, hidden)` -> `(total_nnz, num_labels)`, or `(batch, num_labels)`."""
+        return self.classify(x if self.per_token else self.bert.pool(x, cu_seqlens))
+
 
 class MosaicBertForSequenceClassification(_WithClassifier):
     """Mosaic BERT with a head on each sequence's first token: classes, labels or numbers."""
 
+    output_class = SequenceClassifierOutput
+    per_token = False
+    class_weights: Tensor | None = None
+    """`(num_labels,)` float32: weighs each class in the loss while training."""
+
     def __init__(self, config: MosaicBertConfig) -> None:
-        super().__init__(config, add_pooling_layer=True)
+        super().__init__(config)
         self.kind = problem_type(config.problem_type, config.num_labels)
 
-    def loss(self, batch: Batch, return_logits: bool = False) -> LossOutput:
-        """Summed loss of a packed batch's sequences."""
-        assert batch.cu_seqlens is not None
-        logits = self.classify(self.bert.pool(self._encode(batch), batch.cu_seqlens))
-        loss_sum = classification_loss_sum(logits, batch.labels, self.kind)
-        return LossOutput(loss_sum, logits if return_logits else None)
-
-    @can_return_tuple  # type: ignore[untyped-decorator]
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-    ) -> SequenceClassifierOutput:
-        """Padded `(batch, seq)` in; `logits (batch, num_labels)`."""
-        x, packed, states = self._run(
-            input_ids, attention_mask, token_type_ids, output_hidden_states
-        )
-        logits = self.classify(self.bert.pool(x, packed.cu_seqlens))
-        loss = None
-        if labels is not None:
-            loss = mean_loss(classification_loss_sum(logits, labels, self.kind), labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=states)
+    def loss_sum(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """See `heads.classification_loss_sum`."""
+        weights = self.class_weights if self.training else None
+        return classification_loss_sum(logits, labels, self.kind, weights)
 
 
 class MosaicBertForTokenClassification(_WithClassifier):
     """Mosaic BERT with a classifier on every token."""
 
-    def __init__(self, config: MosaicBertConfig) -> None:
-        super().__init__(config, add_pooling_layer=False)
-
-    def loss(self, batch: Batch, return_logits: bool = False) -> LossOutput:
-        """Summed cross-entropy of a packed batch's labelled tokens."""
-        logits = self.classify(self._encode(batch))
-        loss_sum = cross_entropy_sum(logits, batch.labels)
-        return LossOutput(loss_sum, logits if return_logits else None)
-
-    @can_return_tuple  # type: ignore[untyped-decorator]
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-    ) -> TokenClassifierOutput:
-        """Padded `(batch, seq)` in; `logits (batch, seq, num_labels)`, zeros at padding."""
-        x, packed, states = self._run(
-            input_ids, attention_mask, token_type_ids, output_hidden_states
-        )
-        logits = self.classify(x)
-        loss = None
-        if labels is not None:
-            targets = packed.pack(labels)
-            loss = mean_loss(cross_entropy_sum(logits, targets), targets)
-        return TokenClassifierOutput(loss=loss, logits=packed.pad(logits), hidden_states=states)
+    output_class = TokenClassifierOutput
 
 
 register.install()  # where this import brought the Auto classes in, they found it unfinished
