@@ -20,7 +20,7 @@ from mosaicbert.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 TEST_YAML = ROOT / "yamls/test/main.yaml"
 OURS = [
-    *((PretrainConfig, path) for path in sorted(ROOT.glob("yamls/main/*uncased.yaml"))),
+    *((PretrainConfig, path) for path in sorted(ROOT.glob("yamls/main/*.yaml"))),
     (PretrainConfig, TEST_YAML),
     (PretrainConfig, ROOT / "tests/golden/original/pretrain.yaml"),
     (ClassifyConfig, ROOT / "tests/golden/original/sequence_classification.yaml"),
