@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_quality.py --data FOLDER --budget 60 [--recipes REGEX] [--seeds 17,18]
         [--also "NAME = RECIPE key=value ..."] [--override key=value] [--evals 10] [--limit SECONDS]
-        [--target LOSS] [--compare A B] [--glue FOLDER] [--add RECORD ...]
+        [--target LOSS] [--compare A B] [--keep FOLDER [--glue FOLDER]] [--add RECORD ...]
         [--out benchmarks/records/NAME.json] [--picture NAME.png] [--commit HASH] [--tiny]
 
 Each run goes through `mosaicbert.pretrain`, with its loaders, for `--budget` seconds of training:
@@ -13,7 +13,8 @@ times the samples a second of the run before of that model, so its seconds are a
 The validation set is FOLDER/val (15 % masked, the same masks each time), all of it at every point
 of the curve. `--seeds` are those of weights, dropout, order and masks of the training data.
 The record is written after each run; `--add` takes runs of earlier records into the tables and the
-picture. `--compare A B`: when A's curve reaches the mean of B's last losses.
+picture, and with `--glue` fine-tunes those whose checkpoints `--keep` still holds (without `--data`
+nothing is trained). `--compare A B`: when A's curve reaches the mean of B's last losses.
 """
 
 import argparse
@@ -21,7 +22,6 @@ import gc
 import json
 import re
 import shlex
-import shutil
 import statistics
 import sys
 import tempfile
@@ -72,6 +72,7 @@ RECIPES = {
     "v2 batch 256": V2.but(*BATCH_256),
     "v2 masks falling": V2.but("mlm_probability=[0.3,0.15]"),
     "v2 masks 15 %": V2.but("mlm_probability=0.15"),
+    "v2 mini": Recipe("mosaic-bert-v2-mini.yaml"),
 }
 TINY = (
     "model.model_config.hidden_size=64",
@@ -160,17 +161,14 @@ class Harness:
             batch = config.global_train_batch_size
             batches = max(1, round(self.args.budget * self.speeds[key] / batch))
             config.max_duration = f"{batches * batch}sp"
-        folder = Path(tempfile.mkdtemp(prefix="time-to-quality-"))
-        try:
-            config.run_folder = str(folder / "run")
-            config.save_folder = str(folder / "checkpoints") if self.args.glue else None
-            row |= self._timed(config, folder / "run")
-            self.speeds[key] = row["samples"] / row["seconds"]
-            row["overhead_seconds"] = time.monotonic() - began - row["seconds"]
-            if self.args.glue:
-                row["glue"] = _glue(config, self.args.glue, folder, self.args.tiny)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        if self.args.keep:
+            config.save_folder = str(checkpoints_of(row, self.args.keep))
+            config.save_overwrite, config.save_num_checkpoints_to_keep = True, 1
+        with tempfile.TemporaryDirectory(prefix="time-to-quality-") as folder:
+            config.run_folder = folder
+            row |= self._timed(config, Path(folder))
+        self.speeds[key] = row["samples"] / row["seconds"]
+        row["overhead_seconds"] = time.monotonic() - began - row["seconds"]
         return row
 
     def _warm_up(self, config: PretrainConfig) -> float:
@@ -226,6 +224,11 @@ class Harness:
         }
 
 
+def checkpoints_of(run: dict[str, Any], keep: Path) -> Path:
+    """Where a run's checkpoint lies."""
+    return keep / re.sub(r"[^\w-]+", "_", f"{run['name']}-{run['budget']:g}s-{run['seed']}")
+
+
 def _moves(config: PretrainConfig) -> bool:
     """Whether the mask rate moves over the run."""
     own = config.train_loader.dataset.mlm_probability
@@ -251,32 +254,28 @@ def _release() -> None:
         torch.cuda.empty_cache()
 
 
-def _glue(config: PretrainConfig, data: Path, folder: Path, tiny: bool) -> dict[str, Any]:
-    """Fine-tune the run's checkpoint on the complete tasks, by the published settings, one seed."""
+def fine_tune(run: dict[str, Any], checkpoints: Path, data: Path, tiny: bool) -> dict[str, Any]:
+    """GLUE of a run's checkpoint: the complete tasks, by the published settings, one seed."""
     began = time.monotonic()
-    short = {"max_duration": "2ba"} if tiny else {}
+    config = run["config"]
+    kwargs: dict[str, Any] = {"save_num_checkpoints_to_keep": 0}
+    if tiny:
+        kwargs |= {"max_duration": "2ba"}
+    names = ("precision", "device", "tokenizer_name", "algorithms")
     results = mosaicbert.glue(
         {
             "base_run_name": "glue",
             "data_dir": str(data),
             "parallel": True,
             "jobs_per_gpu": "auto",
-            "precision": config.precision,
-            "device": config.device,
-            "tokenizer_name": config.tokenizer_name,
-            "model": config.model.model_dump(mode="json", by_alias=True),
-            "algorithms": config.algorithms and config.algorithms.model_dump(mode="json"),
-            "starting_checkpoint_load_path": str(folder / "checkpoints"),
-            "run_folder": str(folder / "glue"),
+            "model": config["model"],
+            "starting_checkpoint_load_path": str(checkpoints),
+            "run_folder": str(checkpoints.with_suffix(".glue")),
             "progress_bar": False,
             "python_log_level": "warning",
-            "tasks": {
-                name: {
-                    "seeds": [19],
-                    "trainer_kwargs": {"save_num_checkpoints_to_keep": 0, **short},
-                }
-                for name in GLUE_TASKS
-            },
+            "scheduler": {"name": "linear_decay_with_warmup", "t_warmup": "0.06dur"},
+            "tasks": {name: {"seeds": [19], "trainer_kwargs": kwargs} for name in GLUE_TASKS},
+            **{name: config[name] for name in names if config.get(name) is not None},
         }
     )
     found = results.to_dict()
@@ -336,7 +335,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--evals", type=int, default=10, help="points of the curve")
     parser.add_argument("--limit", type=float, help="start no run that would end after so long")
     parser.add_argument("--data", type=Path, help="folder with train/ and val/")
-    parser.add_argument("--glue", type=Path, help="folder of GLUE: fine-tune after each run")
+    parser.add_argument("--keep", type=Path, help="folder to leave the runs' checkpoints in")
+    parser.add_argument("--glue", type=Path, help="folder of GLUE: fine-tune what --keep holds")
     parser.add_argument("--target", type=float, action="append", default=[], help="a loss")
     parser.add_argument("--compare", nargs=2, action="append", default=[], metavar=("A", "B"))
     parser.add_argument("--add", type=Path, nargs="*", default=[], help="records of earlier runs")
@@ -344,7 +344,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--picture", type=Path, help="where to draw the curves")
     parser.add_argument("--commit", help="commit that is measured")
     parser.add_argument("--tiny", action="store_true", help="small shapes on a CPU, to rehearse")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.glue and not args.keep:
+        parser.error("--glue needs --keep: where the checkpoints lie")
+    return args
 
 
 def main() -> int:
@@ -374,6 +377,11 @@ def main() -> int:
         runs.append(run)
         write(args, runs, environment)
     whole = [run for run in runs if "error" not in run]
+    for run in whole if args.glue else []:
+        checkpoints = checkpoints_of(run, args.keep)
+        if "glue" not in run and checkpoints.exists():
+            run["glue"] = fine_tune(run, checkpoints, args.glue, args.tiny)
+            write(args, runs, environment)
     log("\n" + table(runs))
     for loss in args.target:
         log(reached(whole, loss, "the target"))
