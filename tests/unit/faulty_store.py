@@ -53,7 +53,7 @@ def flip(content: bytes) -> bytes:
 
 
 def hang(content: bytes) -> bytes:
-    time.sleep(3)
+    time.sleep(1)
     return content
 
 

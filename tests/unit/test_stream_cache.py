@@ -1,5 +1,6 @@
 """Look-ahead, a bounded cache, and several processes on one folder of shards."""
 
+import fcntl
 import itertools
 import multiprocessing
 import os
@@ -217,3 +218,40 @@ def test_locks(tmp_path: Path) -> None:
     entered.sort()
     assert all(b - a >= 0.05 for a, b in itertools.pairwise(entered))
     assert not litter(tmp_path)
+
+
+def test_a_lock_whose_file_was_removed_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its holder let go and removed it while we were about to take it; a third one made another."""
+    lock = tmp_path / ".file.lock"
+    flock = fcntl.flock
+
+    is_made_anew = False
+
+    def flock_too_late(descriptor: int, operation: int) -> None:
+        lock.unlink()
+        if is_made_anew:
+            lock.touch()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_too_late)
+    assert download_module._try_lock(lock) is None
+    is_made_anew = True
+    assert download_module._try_lock(lock) is None
+
+
+def test_a_lock_is_removed_before_it_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After that it may be another one's."""
+    close, was_there = os.close, []
+
+    def close_and_tell(descriptor: int) -> None:
+        was_there.append((tmp_path / ".file.lock").exists())
+        close(descriptor)
+
+    with only_one(tmp_path / "file", 0.0):
+        monkeypatch.setattr(os, "close", close_and_tell)
+    monkeypatch.undo()
+    assert was_there == [False]

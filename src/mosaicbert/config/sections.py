@@ -114,7 +114,8 @@ class DatasetConfig(Strict):
     predownload: NonNegativeInt | None = None
     """Samples to download ahead."""
     cache_limit: int | str | None = None
-    """Most bytes of local shards kept when streaming, such as `50gb`."""
+    """Most bytes of local shards kept when streaming, such as `50gb`. Shards in use stay, and each
+    process that shares the folder may be fetching two more."""
     download_retry: NonNegativeInt = 2
     """Further tries for a failed download."""
     download_timeout: float = 60.0

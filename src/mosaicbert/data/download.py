@@ -114,6 +114,19 @@ def remove_leftovers(path: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
+def tidy(folder: Path) -> None:
+    """Remove the locks of killed processes, and what they left of the files behind them.
+
+    Nothing depends on it: a lock that nobody holds lets everybody in.
+    """
+    for lock in folder.glob(".*.lock"):
+        with suppress(BusyError, OSError):
+            path = lock.with_name(lock.name[1 : -len(".lock")])
+            with only_one(path, 0.0) as is_alone:
+                if is_alone:
+                    remove_leftovers(path)
+
+
 @contextmanager
 def only_one(path: Path, wait_seconds: float) -> Iterator[bool]:
     """Keep other processes and threads of this machine from making `path` at the same time.

@@ -8,7 +8,7 @@ import fsspec
 
 from mosaicbert.config.sections import DatasetConfig, StreamConfig
 from mosaicbert.data.convert_samples import TOKENIZATION
-from mosaicbert.data.download import Patience, read_bytes
+from mosaicbert.data.download import Patience, read_bytes, tidy
 from mosaicbert.data.mds import INDEX, ShardInfo, parse_index, read_index, write_index
 from mosaicbert.data.mds_files import write_whole
 from mosaicbert.data.stream import ShardFolder
@@ -88,6 +88,7 @@ def _remote_index(uri: str, folder: Path, patience: Patience) -> list[ShardInfo]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{folder} cannot be made ({error.strerror}): choose another.") from error
+    tidy(folder)
     if not cached.is_file():
         write_index(folder, shards)
     elif read_index(cached) != shards:
