@@ -292,6 +292,21 @@ def test_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
     assert not list(tmp_path.glob(".part-*"))
 
 
+def test_what_a_killed_upload_left_is_cleared_away(tmp_path, monkeypatch):
+    monkeypatch.setattr(store.tempfile, "tempdir", str(tmp_path))
+    left = []
+    with store.scratch_folder() as mine:
+        dead = mine.with_name(mine.name + "-of-a-killed-run")  # nobody holds its lock
+        dead.mkdir()
+        (dead / "model.safetensors").write_bytes(b"x")
+        with store.scratch_folder() as other:
+            left = sorted(path.name for path in tmp_path.iterdir())
+            assert left == sorted([mine.name, other.name])
+        with pytest.raises(BlockingIOError), store.scratch_folder():
+            raise BlockingIOError  # what happens inside is not taken for its own trouble
+    assert not list(tmp_path.iterdir())
+
+
 def test_resume_at_a_subset_of_an_epoch(tmp_path):
     changes = {"max_duration": "3ep", "train_subset_num_batches": 3}
     whole, full = make_trainer(save_folder=str(tmp_path), **changes)

@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipelin
 import mosaicbert
 from mosaicbert.cli import main as cli
 from mosaicbert.errors import CheckpointError, ConfigError
-from mosaicbert.models import register
+from mosaicbert.models import export, register
 from mosaicbert.models.configuration import HfBertConfig, MosaicBertConfig
 from mosaicbert.models.export import example_inputs, export_checkpoint, write_onnx
 from mosaicbert.models.hf_bert import BertForMaskedLM, BertModel, HfBertForSequenceClassification
@@ -150,6 +150,22 @@ def test_a_folder_that_is_not_empty_stays_as_it_is(checkpoint, tmp_path):
     with pytest.raises(ConfigError, match="hf or onnx"):
         export_checkpoint(checkpoint[0], tmp_path / "new", to="tf")  # type: ignore[arg-type]
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_what_a_killed_export_left_is_cleared_away(checkpoint, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        """Stands for kill -9: nothing is tidied up."""
+
+    to = tmp_path / "to"
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "model_card", lambda *args: (_ for _ in ()).throw(Killed()))
+        patch.setattr(export.shutil, "rmtree", lambda *args, **options: None)
+        with pytest.raises(Killed):
+            export_checkpoint(checkpoint[0], to / "out")
+    assert len(list(to.iterdir())) == 1
+    assert not (to / "out").exists()
+    export_checkpoint(checkpoint[0], to / "out")
+    assert [path.name for path in to.iterdir()] == ["out"]
 
 
 def test_the_command(checkpoint, tmp_path, capsys):

@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,13 +98,13 @@ def _task(local: Path) -> Task:
 
 @contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out` once all is written."""
+    """A temporary folder that becomes `out` once all is written; a killed call's is replaced."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is not empty: choose another folder, or remove it.")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    temporary = out.parent / f".{out.name}.part"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        temporary.chmod(0o755)
         yield temporary
         if out.exists():
             out.rmdir()

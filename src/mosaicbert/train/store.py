@@ -5,6 +5,7 @@ A local checkpoint is written aside and renamed; a remote one is uploaded with `
 `latest` moves after that. So a kill at any moment leaves the older checkpoint or the new one.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import fsspec
@@ -144,12 +145,12 @@ class SaveFolder:
         if self.is_local:
             yield Path(self.root) / name
             return
-        with tempfile.TemporaryDirectory(prefix="mosaicbert-") as folder:
+        with scratch_folder() as folder:
             try:
                 self.fs.get(f"{self.root}/{name}/", f"{folder}/", recursive=True)
             except Exception as error:
                 raise CheckpointError(f"{self.uri(name)} cannot be read ({error!r}).") from error
-            yield Path(folder)
+            yield folder
 
     def _write_here(self, checkpoint: Checkpoint, write_assets: WriteAssets | None) -> None:
         root, name = Path(self.root), checkpoint.name
@@ -171,8 +172,7 @@ class SaveFolder:
 
     def _upload(self, checkpoint: Checkpoint, write_assets: WriteAssets | None) -> None:
         target = f"{self.root}/{checkpoint.name}"
-        with tempfile.TemporaryDirectory(prefix="mosaicbert-") as temporary:
-            folder = Path(temporary)
+        with scratch_folder() as folder:
             write_folder(checkpoint, folder, write_assets)
             if self.fs.exists(f"{target}/{STATE_FILE}"):
                 self.remove(checkpoint.name)
@@ -184,6 +184,35 @@ class SaveFolder:
                     )
                 )
         _retried(lambda: self.fs.pipe_file(f"{self.root}/{LATEST}", checkpoint.name.encode()))
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder, held by a lock; clears away those whose holders were killed."""
+    prefix = f"mosaicbert-checkpoint-{os.getuid()}-"
+    for path in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with suppress(OSError), _locked(path):
+            if path.stat().st_uid == os.getuid():
+                shutil.rmtree(path, ignore_errors=True)
+    with ExitStack() as held:
+        while True:
+            new = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+            folder = Path(held.enter_context(new))
+            with suppress(OSError):
+                held.enter_context(_locked(folder))
+                if folder.exists():  # nobody cleared it away before it was locked
+                    break
+        yield folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _retried(action: Callable[[], None]) -> None:
