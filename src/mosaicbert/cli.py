@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mosaicbert.errors import MosaicBertError, did_you_mean
+from mosaicbert.redaction import redact_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def guarded(run: Callable[[], int]) -> int:
     try:
         return run()
     except MosaicBertError as error:
-        print(f"mosaicbert: {error}", file=sys.stderr)
+        print(f"mosaicbert: {redact_text(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("mosaicbert: stopped.", file=sys.stderr)

@@ -14,6 +14,7 @@ from mosaicbert.config import TrainerConfig
 from mosaicbert.duration import Duration
 from mosaicbert.errors import ConfigError
 from mosaicbert.models.build import compile_model
+from mosaicbert.redaction import RedactingFormatter, redact_text
 from mosaicbert.report import report_at_end
 from mosaicbert.train.best import Best
 from mosaicbert.train.console import build_console
@@ -52,7 +53,7 @@ def set_log_level(level: str | None) -> None:
     logger.setLevel(name)
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(RedactingFormatter("%(message)s"))
         logger.addHandler(handler)
 
 
@@ -145,7 +146,7 @@ def print_result(result: TrainResult, title: str) -> None:
         "seconds": f"{result.seconds:.1f}",
     }
     if result.checkpoint:
-        rows["checkpoint"] = result.checkpoint
+        rows["checkpoint"] = redact_text(result.checkpoint)
     width = max(map(len, rows))
     print(title)
     for name, value in rows.items():

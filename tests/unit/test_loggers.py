@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mosaicbert.config.sections import LoggersConfig
 from mosaicbert.duration import Progress
 from mosaicbert.errors import ConfigError, DataError
-from mosaicbert.train.environment import REDACTED, redact
+from mosaicbert.redaction import REDACTED, redact
 from mosaicbert.train.loggers import Background, RunFolderLogger, build_loggers, read_rows
 
 

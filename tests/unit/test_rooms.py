@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src/mosaicbert"
-BASE = {"errors", "batch", "duration", "config"}
+BASE = {"errors", "batch", "duration", "config", "redaction"}
 JOBS = {"run", "pretraining", "finetuning"}
 ALLOWED = {
     "errors": set(),
     "batch": set(),
     "duration": {"errors"},
     "slurm": set(),
-    "config": {"errors", "duration", "config", "cli"},
+    "redaction": set(),
+    "config": {"errors", "duration", "config", "cli", "redaction"},
     "data": BASE | {"data"},
     "models": BASE | {"models"},
     "train": BASE | {"train", "slurm"},

@@ -38,7 +38,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
     folder = bundled_tokenizer_dir(name) or Path(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder) if folder.is_dir() else _from_hub(name)
+        tokenizer = (
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            if folder.is_dir()
+            else _from_hub(name)
+        )
     except Exception as error:  # transformers and the hub's client raise every kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = (
@@ -58,11 +62,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 def _from_hub(name: str) -> PreTrainedTokenizerFast:
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=True)
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):
         # Fails at once where the hub is out of reach; from_pretrained would try for 45 seconds.
         HfApi().model_info(name, timeout=10)
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def special_affixes(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:

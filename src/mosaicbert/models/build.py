@@ -158,7 +158,9 @@ def _known_shape(settings: ModelConfig) -> dict[str, Any]:
             f'model.pretrained_model_name: {name!r} is not known. Did you mean "{near[0]}"?'
         )
     try:
-        found = AutoConfig.from_pretrained(name, local_files_only=Path(name).exists())
+        found = AutoConfig.from_pretrained(
+            name, local_files_only=Path(name).exists(), trust_remote_code=False
+        )
     except Exception as error:  # transformers and the hub's client raise every kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(

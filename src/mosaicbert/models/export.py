@@ -128,7 +128,8 @@ def _write_tokenizer(folder: Path, name: str | None, target: Path) -> None:
     bundled = _BUNDLED / name.rpartition("/")[2]
     source = str(bundled) if bundled.is_dir() and not Path(name).is_dir() else name
     try:
-        AutoTokenizer.from_pretrained(source).save_pretrained(target)
+        loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        loaded.save_pretrained(target)
     except Exception as error:  # transformers and the hub's client raise every kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"--tokenizer {name} cannot be loaded: {reason}") from error

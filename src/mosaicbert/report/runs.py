@@ -10,7 +10,7 @@ import fsspec
 import yaml
 
 from mosaicbert.errors import DataError
-from mosaicbert.train.environment import redact
+from mosaicbert.redaction import redact
 from mosaicbert.train.loggers import parse_rows
 
 FILES = ("metrics.jsonl", "glue.json", "config.yaml", "environment.json")

@@ -1,41 +1,16 @@
-"""What a run ran on (versions, hardware, commit), and a configuration without its secrets."""
+"""What a run ran on: versions, hardware, commit."""
 
 import platform
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_SECRET = re.compile(
-    r"(^|_)(token|password|passwd|passphrase|credentials?|auth)$"
-    r"|secret|api_?key|access_?key|private_?key",
-    re.IGNORECASE,
-)
-_URI_PASSWORD = re.compile(r"(\w+://[^/@:\s]+:)[^@/\s]+@")
-REDACTED = "***"
-
-
-def redact(value: Any, key: str = "") -> Any:
-    """The same nested value with everything blanked out that looks like a secret.
-
-    By key (`api_key`, `hub_token`, `aws_secret_access_key`; not `tokenizer_name` or `eos_token_id`)
-    and inside URIs (`scheme://user:password@host`).
-    """
-    if value is not None and _SECRET.search(key):
-        return REDACTED
-    if isinstance(value, Mapping):
-        return {name: redact(inner, str(name)) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [redact(inner) for inner in value]
-    if isinstance(value, str):
-        return _URI_PASSWORD.sub(rf"\1{REDACTED}@", value)
-    return value
+from mosaicbert.redaction import redact
 
 
 def _redact_word(word: str) -> str:

@@ -22,8 +22,9 @@ import yaml
 from mosaicbert.config.sections import LoggersConfig
 from mosaicbert.duration import Progress
 from mosaicbert.errors import DataError
+from mosaicbert.redaction import redact
 from mosaicbert.train import trackers
-from mosaicbert.train.environment import describe_environment, redact
+from mosaicbert.train.environment import describe_environment
 from mosaicbert.train.record import Logger
 
 log = logging.getLogger(__name__)

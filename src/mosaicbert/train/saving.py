@@ -12,6 +12,7 @@ from torch import nn
 from mosaicbert.config.jobs import TrainerConfig
 from mosaicbert.duration import Progress
 from mosaicbert.errors import ConfigError, TrainingError
+from mosaicbert.redaction import redact
 from mosaicbert.train.best import Best
 from mosaicbert.train.checkpoint import Checkpoint, load_model, load_optimizer, take_snapshot
 from mosaicbert.train.distributed import Ranks
@@ -223,7 +224,8 @@ class Saving:
         )
 
     def _settings(self) -> dict[str, Any]:
-        return self.config.model_dump(mode="json", by_alias=True, exclude=NOT_OF_THE_RUN)
+        settings = self.config.model_dump(mode="json", by_alias=True, exclude=NOT_OF_THE_RUN)
+        return dict(redact(settings))
 
     def _tell_changes(self, checkpoint: Checkpoint) -> None:
         before, now = checkpoint.state["config"], self._settings()
