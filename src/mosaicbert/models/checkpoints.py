@@ -3,6 +3,7 @@
     read_state_dict(path)   tensors by name, and the configuration beside them
     load(path, task)        a model
     load_weights(model, p)  into a model that is there
+    task_of(weights, ...)   which head they have
 
 A path is a file (`.safetensors`, or a pickle of torch's: the original's state dict or a full
 Composer checkpoint), a folder with `config.json` (Hugging Face's layout, or one of our
@@ -58,8 +59,11 @@ def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     Raises:
         CheckpointError: nothing there, damaged, not a checkpoint, or a pickle with code in it.
     """
-    with local_copy(path) as local:
-        weights, config = read_folder_or_file(local)
+    try:
+        with local_copy(path) as local:
+            weights, config = read_folder_or_file(local)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     return _our_names(weights), config
 
 
@@ -90,6 +94,16 @@ def load(path: str | Path, task: Task = "mlm", **config: Any) -> nn.Module:
     model.config.architectures = [type(model).__name__]  # type: ignore[union-attr]
     put_weights(model, weights, str(path))
     return model.eval()
+
+
+def task_of(weights: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> Task | None:
+    """The head of a checkpoint: by the class that was saved, else by its weights; None for none."""
+    saved = " ".join((config or {}).get("architectures") or [])
+    if "classifier.weight" in weights:
+        pooled = any(name.startswith("bert.pooler.") for name in weights)
+        of_tokens = "ForTokenClassification" in saved or not pooled
+        return "token-classification" if of_tokens else "classification"
+    return "mlm" if any(name.startswith("cls.") for name in weights) else None
 
 
 def load_weights(model: nn.Module, path: str | Path, *, new_head: bool = False) -> None:

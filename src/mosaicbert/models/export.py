@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 
 from mosaicbert.errors import CheckpointError, ConfigError
 from mosaicbert.models.card import model_card
-from mosaicbert.models.checkpoints import load, read_state_dict
+from mosaicbert.models.checkpoints import load, read_state_dict, task_of
 from mosaicbert.models.register import TASKS, Task
-from mosaicbert.models.weights import LATEST, local_copy
+from mosaicbert.models.weights import checkpoint_folder, local_copy
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -63,8 +63,8 @@ def export_checkpoint(
     if to not in ("hf", "onnx"):
         raise ConfigError(f"--to {to}: choose hf or onnx.")
     with local_copy(checkpoint) as local:
-        folder = _folder(local)
-        task = task or _task(local)
+        folder = checkpoint_folder(local)
+        task = task or task_of(*read_state_dict(local)) or "embedding"
         model: Any = load(local, task, **config)
         with _whole_folder(Path(out)) as target:
             if to == "onnx":
@@ -79,21 +79,6 @@ def export_checkpoint(
             card = model_card(model, task, folder, Path(out).name, to, measured)
             (target / "README.md").write_text(card, encoding="utf-8")
     return Path(out)
-
-
-def _folder(local: Path) -> Path:
-    if local.is_file():
-        return local.parent
-    latest = local / LATEST
-    return local / latest.read_text().strip() if latest.is_file() else local
-
-
-def _task(local: Path) -> Task:
-    names = read_state_dict(local)[0].keys()
-    if "classifier.weight" in names:
-        pooled = any(name.startswith("bert.pooler.") for name in names)
-        return "classification" if pooled else "token-classification"
-    return "mlm" if any(name.startswith("cls.") for name in names) else "embedding"
 
 
 @contextmanager

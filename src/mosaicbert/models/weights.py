@@ -51,7 +51,10 @@ def _fetch(uri: str, folder: Path) -> Path:
     if not files.isdir(root):
         raise CheckpointError(f"{uri} does not exist.")
     if files.isfile(f"{root}/{LATEST}"):
-        root = f"{root}/{files.cat_file(f'{root}/{LATEST}').decode().strip()}"
+        named = files.cat_file(f"{root}/{LATEST}").decode(errors="replace").strip()
+        if named in ("", ".", "..") or "/" in named:
+            raise CheckpointError(f"{uri}/{LATEST} names {named!r}, which is no folder beside it.")
+        root = f"{root}/{named}"
     for entry in files.ls(root, detail=False):
         name = Path(entry).name
         wanted = name.endswith((".json", ".safetensors", ".bin", ".pt", ".txt"))
@@ -98,19 +101,31 @@ def _is_safetensors(path: Path) -> bool:
     return start[8:] == b"{" and start[:2] not in (b"PK", b"\x80\x02")  # torch's two formats
 
 
+def checkpoint_folder(path: Path) -> Path:
+    """Where the files of a checkpoint lie: a file's folder; of a save folder, its newest one.
+
+    Raises:
+        CheckpointError: the file `latest` of a save folder names nothing.
+    """
+    if path.is_file():
+        return path.parent
+    latest = path / LATEST
+    if not latest.is_file():
+        return path
+    newest = path / latest.read_text(encoding="utf-8", errors="replace").strip()
+    if newest.parent != path or not newest.is_dir():
+        raise CheckpointError(f"{latest} names {newest.name!r}, which is no folder beside it.")
+    return newest
+
+
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    latest = folder / LATEST
-    if latest.is_file():
-        named = folder / latest.read_text(encoding="utf-8", errors="replace").strip()
-        if named.parent != folder or not named.is_dir():
-            raise CheckpointError(f"{latest} names {named.name!r}, which is no folder beside it.")
-        folder = named
+    folder = checkpoint_folder(folder)
     config = folder / "config.json"
     found = _read_json(config) if config.is_file() else None
     for name in INDEX_FILES:
         if (folder / name).is_file():
             weights: dict[str, Tensor] = {}
-            for shard in sorted(set(_read_json(folder / name)["weight_map"].values())):
+            for shard in _shard_names(folder / name):
                 weights |= read_folder_or_file(folder / shard)[0]
             return weights, found
     files = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
@@ -129,10 +144,21 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None
     return weights, found or inside
 
 
+def _shard_names(index: Path) -> list[str]:
+    """The files that an index of Hugging Face's names: all of them beside it."""
+    named = _read_json(index).get("weight_map")
+    names = list(named.values()) if isinstance(named, dict) else [None]
+    beside = {path.name for path in index.parent.iterdir() if path.is_file()}
+    for name in names:
+        if not isinstance(name, str) or name not in beside:
+            raise CheckpointError(f"{index} names {name!r:.100}, which is no file beside it.")
+    return sorted(set(names))
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} must hold a JSON object.")

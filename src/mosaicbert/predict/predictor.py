@@ -1,7 +1,7 @@
 """A checkpoint ready to predict: its model, its tokenizer, and the columns it makes of texts."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,9 +15,9 @@ from mosaicbert.data.classification import tokenize_texts
 from mosaicbert.data.tables import Table
 from mosaicbert.data.tokenizers import load_tokenizer
 from mosaicbert.errors import ConfigError
-from mosaicbert.models.checkpoints import load, read_state_dict
+from mosaicbert.models.checkpoints import load, read_state_dict, task_of
 from mosaicbert.models.register import Task
-from mosaicbert.models.weights import LATEST, local_copy
+from mosaicbert.models.weights import checkpoint_folder, local_copy
 from mosaicbert.predict import batches
 from mosaicbert.predict.batches import Array, Precision
 
@@ -89,7 +89,7 @@ def load_predictor(
         raise ConfigError(f"--max_seq_len {max_seq_len}: {SHORTEST} tokens are the least.")
     use_gpu = device != "cpu" and torch.cuda.is_available()
     with local_copy(checkpoint) as local:
-        found = _task_of(*read_state_dict(local))
+        found = task_of(*read_state_dict(local))
         task = task or (found if found != "mlm" else None)  # masks are filled on request only
         if task is None or not _fits(task, found):
             raise ConfigError(
@@ -98,10 +98,7 @@ def load_predictor(
                 "--fill_mask a pre-trained model; mosaicbert classify makes a classifier."
             )
         model: Any = load(local, task)
-        folder = local.parent if local.is_file() else local
-        if (folder / LATEST).is_file():
-            folder = folder / (folder / LATEST).read_text().strip()
-        reader = load_tokenizer(tokenizer or str(folder))
+        reader = load_tokenizer(tokenizer or str(checkpoint_folder(local)))
     own = reader.model_max_length
     limit = max_seq_len if max_seq_len is not None else own if own < 1e9 else LONGEST
     if model.config.model_type != "mosaic_bert" and not getattr(model.config, "alibi", False):
@@ -113,16 +110,6 @@ def _fits(task: Task, found: Task | None) -> bool:
     """Whether a checkpoint with the head `found` can do `task`."""
     classifiers = ("classification", "token-classification")
     return task in ("embedding", found) or (task in classifiers and found in classifiers)
-
-
-def _task_of(weights: Mapping[str, Any], config: Mapping[str, Any] | None) -> Task | None:
-    """The head there is: by the class that was saved, else by the weights; None for none."""
-    saved = " ".join((config or {}).get("architectures") or [])
-    if "classifier.weight" in weights:
-        pooled = any(name.startswith("bert.pooler.") for name in weights)
-        of_tokens = "ForTokenClassification" in saved or not pooled
-        return "token-classification" if of_tokens else "classification"
-    return "mlm" if any(name.startswith("cls.") for name in weights) else None
 
 
 # --- columns, by what the model predicts ----------------------------------------------------------
