@@ -244,6 +244,28 @@ def test_compressed_files_of_other_content_are_refused(tmp_path: Path, compressi
         assert not (tmp_path / info.raw_basename).exists()
 
 
+def test_every_byte_of_a_compressed_file_counts(tmp_path: Path) -> None:
+    """Also those, such as gzip's time, that change nothing of what is in it."""
+    info = write(tmp_path, compression="gz")[0]
+    packed = tmp_path / str(info.zip_basename)
+    data = bytearray(packed.read_bytes())
+    data[4] ^= 1
+    packed.write_bytes(data)
+    with pytest.raises(DataError, match=r"shard\.00000\.mds\.gz is damaged: its sha1"):
+        ensure_raw(tmp_path, info)
+
+
+def test_another_text_in_a_sound_file_leaves_no_shard(tmp_path: Path) -> None:
+    """As long as ours, and the index has its hashes by mistake: the raw ones tell."""
+    info = write(tmp_path, ["ours"], compression="zstd")[0]
+    other = write(tmp_path / "other", ["else"], compression="zstd")[0]
+    (tmp_path / "other" / str(other.zip_basename)).replace(tmp_path / str(info.zip_basename))
+    mixed = {"zip_bytes": other.zip_bytes, "zip_hashes": other.zip_hashes}
+    with pytest.raises(DataError, match="its content has another hash"):
+        ensure_raw(tmp_path, ShardInfo(**{**vars(info), **mixed}))
+    assert not (tmp_path / info.raw_basename).exists()
+
+
 def test_a_file_is_checked_again_only_when_it_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

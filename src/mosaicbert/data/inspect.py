@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mosaicbert.config.sections import DatasetConfig
-from mosaicbert.data.convert_samples import TOKENIZATION, check_tokenization, read_tokenization
+from mosaicbert.data.convert_samples import check_tokenization, read_tokenization
 from mosaicbert.data.folders import open_folder, streams_of
 from mosaicbert.data.inspect_report import Report, draw_lengths
 from mosaicbert.data.mds import INDEX, Shard, ShardInfo, ensure_raw, read_index, verify
-from mosaicbert.data.mds_files import write_whole
 from mosaicbert.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -313,7 +312,3 @@ def _copy(remote: str, local: Path, split: str | None) -> None:
         folder = open_folder(config, "--remote_path", streams_of(config)["dataset"])
         for info in folder.shards:
             folder.fetch(info)
-        note = f"{root}/{name}/{TOKENIZATION}"
-        if folder.remote is not None and system.exists(note):
-            with write_whole(folder.local / TOKENIZATION) as file:
-                file.write(system.cat_file(note))

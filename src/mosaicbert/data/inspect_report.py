@@ -75,7 +75,7 @@ class Report:
 
 
 def _short(value: Any, width: int = 200) -> str:
-    text = repr(value) if not isinstance(value, str) else value.replace("\n", " ")
+    text = " ".join((value if isinstance(value, str) else repr(value)).split())
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
@@ -89,11 +89,12 @@ def draw_lengths(reports: Sequence[Report], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for report in reports:
+    for number, report in enumerate(reports):
         edges = [max(low, 0.5) for low, _, _ in report.histogram]
         edges += [2 * low for low, _, _ in report.histogram[-1:]]
         shares = [count / max(report.samples, 1) for _, _, count in report.histogram]
-        axes.stairs(shares, edges, label=f"{report.folder} ({report.samples:,} samples)")
+        label = f"{report.folder} ({report.samples:,} samples)"
+        axes.stairs(shares, edges, label=label, linestyle=("-", "--", ":")[number % 3])
         axes.set_xlabel(f"length of a sample ({report.unit})")
     axes.set_xscale("log", base=2)
     axes.set_ylabel("share of samples")
