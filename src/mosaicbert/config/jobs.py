@@ -13,6 +13,7 @@ from mosaicbert.config.sections import (
     ModelConfig,
     OptimizerConfig,
     Probability,
+    RunName,
     SchedulerConfig,
     Strict,
     TaskLoaderConfig,
@@ -23,7 +24,7 @@ from mosaicbert.config.sections import (
 class TrainerConfig(Strict):
     """The keys that every training job has."""
 
-    run_name: str = "mosaicbert"
+    run_name: RunName = "mosaicbert"
     """Name of the run; `{run_name}` in paths stands for it."""
     seed: int = 17
     """Seed of weights, dropout and order."""
@@ -181,7 +182,7 @@ class GlueTaskConfig(Strict):
 class GlueConfig(Strict):
     """`glue.py` / `mosaicbert glue`: fine-tuning on all of GLUE."""
 
-    base_run_name: str = "glue"
+    base_run_name: RunName = "glue"
     """Name of the whole; jobs add task and seed."""
     default_seed: int = 19
     """Seed of the tasks that name none."""

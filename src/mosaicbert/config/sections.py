@@ -5,7 +5,7 @@ The line under a key is its help, its documentation and its comment at once.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 from mosaicbert.duration import Duration
 from mosaicbert.errors import ConfigError
@@ -23,6 +23,19 @@ def _check_time(text: Any) -> str:
 
 TimeString = Annotated[str, BeforeValidator(_check_time)]
 """A time string (`10ba`, `3ep`, `0.06dur`); see `mosaicbert.duration`."""
+
+
+
+def _check_run_name(name: str) -> str:
+    if not name.strip() or name.startswith("/") or {"..", "."} & set(name.split("/")):
+        raise ValueError("a name for a folder: without a leading / and without . or .. in it")
+    if any(not character.isprintable() or character == "\\" for character in name):
+        raise ValueError("a name for a folder: of characters that can be printed, and no \\")
+    return name
+
+
+RunName = Annotated[str, AfterValidator(_check_run_name)]
+"""A run's name: part of paths, so it must not lead out of the folders it is put into."""
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 

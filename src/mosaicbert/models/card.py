@@ -76,19 +76,21 @@ def _usage(model: Any, task: str, name: str, to: str) -> list[str]:
 def _run(folder: Path, run_folder: Path | None) -> list[str]:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        progress, config = dict(state["progress"]), dict(state["config"])
+        optimizer = dict(config["optimizer"])
+        name = Path(str(state["run_name"])).name  # a checkpoint must not lead elsewhere
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
-    progress, config = state.get("progress", {}), state.get("config", {})
     rows: dict[str, Any] = {
         "run": state.get("run_name"),
         "batches": progress.get("batch"),
         "samples": progress.get("sample"),
         "tokens": progress.get("token"),
-        "seconds": round(progress.get("seconds", 0.0), 1),
+        "seconds": progress.get("seconds"),
         "optimizer": state.get("optimizer"),
-        "learning rate": config.get("optimizer", {}).get("lr"),
+        "learning rate": optimizer.get("lr"),
         **{key: config.get(key) for key in _SETTINGS},
-        **_metrics(run_folder or Path("runs", str(state.get("run_name"))), progress),
+        **_metrics(run_folder or Path("runs", name), progress),
     }
     lines = [f"| {key} | {_number(value)} |" for key, value in rows.items() if value is not None]
     return ["## Training", "", "| | |", "|---|---|", *lines, ""]
