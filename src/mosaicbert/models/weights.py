@@ -155,17 +155,6 @@ def _shard_names(index: Path) -> list[str]:
     return sorted(set(names))
 
 
-def _shard_names(index: Path) -> list[str]:
-    """The files that an index of Hugging Face's names: all of them beside it."""
-    named = _read_json(index).get("weight_map")
-    names = list(named.values()) if isinstance(named, dict) else [None]
-    beside = {path.name for path in index.parent.iterdir() if path.is_file()}
-    for name in names:
-        if not isinstance(name, str) or name not in beside:
-            raise CheckpointError(f"{index} names {name!r:.100}, which is no file beside it.")
-    return sorted(set(names))
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
