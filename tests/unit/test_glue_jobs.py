@@ -8,9 +8,10 @@ import pytest
 from mosaicbert.config import GlueConfig, check, load_config
 from mosaicbert.errors import ConfigError
 from mosaicbert.glue_suite import jobs as glue_jobs
-from mosaicbert.glue_suite.jobs import finished_result, plan_jobs
+from mosaicbert.glue_suite.jobs import finished_result, longest_first, plan_jobs
 from mosaicbert.glue_suite.live import LiveTable
 from mosaicbert.glue_suite.results import JobResult
+from mosaicbert.glue_suite.workers import jobs_that_fit, slots
 
 ROOT = Path(__file__).parents[2]
 FULL = ROOT / "yamls/finetuning/glue/mosaic-bert-base-uncased.yaml"
@@ -120,3 +121,26 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     assert lines[1].startswith("done  cola-5  mcc 0.500")
     assert lines[2].startswith("failed  cola-5  no such file")
     assert len(lines) == 3
+
+
+def test_what_others_wait_for_and_long_jobs_start_first(tmp_path):
+    tasks = {"mnli": {}, "rte": {"seeds": [1]}, "sst2": {"seeds": [1]}, "cola": {"seeds": [1]}}
+    tasks["cola"]["trainer_kwargs"] = {"max_duration": "10ba"}
+    jobs = plan_jobs(make(tmp_path, tasks))
+    rows = {"mnli": 10, "rte": 2490, "sst2": 67349, "cola": 8551}
+    order = [job.task for job in longest_first(jobs, rows)]
+    assert order == ["mnli", "sst2", "rte", "cola"]
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "cores", "found"), [(80, 16, 8), (80, 4, 4), (24, 16, 2), (4, 16, 1)]
+)
+def test_auto_goes_by_memory_and_cores(tmp_path, gigabytes, cores, found):
+    base = {"name": "hf_bert", "pretrained_model_name": "bert-base-uncased"}
+    jobs = plan_jobs(make(tmp_path, {"mnli": {}, "rte": {}}, model=base))
+    assert jobs_that_fit(jobs, gigabytes * 1e9, cores) == found
+
+
+def test_a_cpu_gets_a_process_a_core_but_no_idle_ones(tmp_path):
+    config = make(tmp_path, {"rte": {"seeds": [1]}}, parallel=True, device="cpu")
+    assert slots(config, plan_jobs(config)) == [{"OMP_NUM_THREADS": "1"}]

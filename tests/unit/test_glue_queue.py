@@ -2,14 +2,18 @@
 
 import os
 import time
+from contextlib import closing
 
 import pytest
 
-from mosaicbert.errors import DataError
+from mosaicbert.errors import DataError, TrainingError
+from mosaicbert.executors import LocalProcesses
 from mosaicbert.glue_suite.queue import Job, run_jobs
 
 
 def work(payload, report):
+    if isinstance(payload, tuple):
+        return crowd(*payload)
     report({"seen": payload})
     print("in the job", payload)
     if payload == "raise":
@@ -23,6 +27,25 @@ def work(payload, report):
     return payload, os.environ["SLOT"], os.getpid()
 
 
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+def crowd(folder, name):
+    """Fails as a full GPU does, while another of the jobs is running."""
+    mine = folder / name
+    mine.touch()
+    time.sleep(0.3)
+    others = len(list(folder.iterdir())) - 1
+    mine.unlink()
+    if others:
+        try:
+            raise OutOfMemoryError("full")
+        except OutOfMemoryError as error:
+            raise TrainingError("out of memory") from error
+    return os.getpid()
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
@@ -32,9 +55,8 @@ def outcomes(tmp_path_factory):
         for name in names
     ]
     events = []
-    found = run_jobs(
-        jobs, [{"SLOT": "a"}, {"SLOT": "b"}], work, lambda kind, job, _: events.append((kind, job))
-    )
+    with closing(LocalProcesses(work, [{"SLOT": "a"}, {"SLOT": "b"}])) as workers:
+        found = run_jobs(jobs, workers, lambda kind, job, _: events.append((kind, job)))
     return {outcome.job.name: outcome for outcome in found}, events, logs
 
 
@@ -67,3 +89,26 @@ def test_output_goes_to_the_jobs_own_log(outcomes):
     assert "in the job slow" in (logs / "slow.log").read_text()
     assert "the data are bad" in (logs / "raise.log").read_text()
     assert "in the job raise" not in (logs / "slow.log").read_text()
+
+
+def test_jobs_that_fill_a_gpu_together_end_one_after_the_other(tmp_path, caplog):
+    (tmp_path / "crowd").mkdir()
+    names = ["a", "b", "c"]
+    jobs = [Job(name, (tmp_path / "crowd", name), tmp_path / "log.txt") for name in names]
+    events = []
+    with closing(LocalProcesses(work, [{"GPU": "0"}] * 3)) as workers:
+        found = run_jobs(jobs, workers, lambda kind, job, _: events.append(kind))
+        assert workers.num_free == 1
+    assert [outcome.error for outcome in found] == [None, None, None]
+    assert len({outcome.result for outcome in found}) == 1
+    assert "again" in events
+    assert "one job fewer" in caplog.text
+
+
+def test_a_job_too_large_for_an_empty_gpu_fails(tmp_path):
+    (tmp_path / "crowd").mkdir()
+    (tmp_path / "crowd" / "somebody-elses").touch()
+    jobs = [Job("a", (tmp_path / "crowd", "a"), tmp_path / "log.txt")]
+    with closing(LocalProcesses(work, [{"GPU": "0"}, {"GPU": "1"}])) as workers:
+        (outcome,) = run_jobs(jobs, workers, lambda *_: None)
+    assert outcome.error == "out of memory"

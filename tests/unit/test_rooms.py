@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src/mosaicbert"
-BASE = {"errors", "batch", "duration", "config", "redaction"}
+BASE = {"errors", "batch", "duration", "config", "executors", "redaction"}
 JOBS = {"run", "pretraining", "finetuning"}
 ALLOWED = {
     "errors": set(),
@@ -14,19 +14,21 @@ ALLOWED = {
     "duration": {"errors"},
     "slurm": set(),
     "redaction": set(),
+    "executors": {"errors"},
     "config": {"errors", "duration", "config", "cli", "redaction"},
     "data": BASE | {"data"},
     "models": BASE | {"models"},
     "train": BASE | {"train", "slurm"},
     "launch": BASE | {"launch", "slurm"},
     "report": BASE | {"train", "report"},
+    "plan": BASE | {"run", "data", "models", "train", "bench", "plan"},
     "watch": BASE | {"train", "report"},
     "run": BASE | {"models", "train", "report"},
     "pretraining": BASE | {"run", "data", "models", "train", "launch"},
     "finetuning": BASE | {"run", "data", "models", "train", "launch", "cli", "predict"},
     "predict": BASE | {"run", "data", "models", "train", "predict"},
     "bench": BASE | {"run", "data", "models", "train", "pretraining"},
-    "glue_suite": BASE | {"run", "finetuning", "data", "glue_suite", "train", "report"},
+    "glue_suite": BASE | {"run", "finetuning", "data", "models", "glue_suite", "train", "report"},
     "cli": BASE,
 }
 

@@ -189,7 +189,7 @@ class GlueConfig(Strict):
     parallel: bool = False
     """Run jobs side by side: one a GPU, or several processes on a CPU."""
     jobs_per_gpu: PositiveInt | Literal["auto"] = 1
-    """Jobs that share one GPU; `auto` is 4."""
+    """Jobs that share one GPU; `auto`: as many as its memory and the cores allow, at most 8."""
     precision: Literal["fp32", "amp_bf16", "amp_fp16", "bf16"] | None = None
     """Arithmetic. Default: `amp_bf16` on a GPU, `fp32` on a CPU."""
     device: Literal["cpu", "gpu", "cuda"] | None = None

@@ -5,6 +5,7 @@ it as finished, so the same command again runs only what is left, and resumes wh
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import logging
@@ -13,6 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 from mosaicbert.config import ClassifyConfig, GlueConfig, GlueTaskConfig, check, load_config
 from mosaicbert.duration import Duration, Progress
 from mosaicbert.errors import ConfigError, TrainingError
+from mosaicbert.executors import ENGINES
 from mosaicbert.glue_suite.queue import Job, Outcome, run_jobs
 from mosaicbert.glue_suite.results import JobResult, Results
 from mosaicbert.glue_suite.tasks import GlueTask, pick, pick_all
@@ -168,21 +171,28 @@ def run_folder(config: GlueConfig) -> Path:
 
 def run_job(job: GlueJob, report: Callable[[Any], None]) -> JobResult:
     """Fine-tune one job, in a slot's process; writes `result.json` when it is finished."""
+    import torch
+
     from mosaicbert import run
     from mosaicbert.finetuning import finetune
     from mosaicbert.glue_suite.data import load_task
 
     task = pick(job.task)
     ranks = run.start(job.config)
-    result = finetune(
-        job.config,
-        load_task(task, job.data_dir, "train"),
-        {name: load_task(task, job.data_dir, split) for name, split in task.evaluations.items()},
-        ranks=ranks,
-        metrics=(*task.metrics, *task.extra_metrics),
-        new_head=job.after is not None,
-        more_loggers=[_Reporter(job, report)],
-    )
+    try:
+        result = finetune(
+            job.config,
+            load_task(task, job.data_dir, "train"),
+            {n: load_task(task, job.data_dir, split) for n, split in task.evaluations.items()},
+            ranks=ranks,
+            metrics=(*task.metrics, *task.extra_metrics),
+            new_head=job.after is not None,
+            more_loggers=[_Reporter(job, report)],
+        )
+    finally:
+        if ranks.device.type == "cuda":  # others on this GPU can use it between two jobs
+            gc.collect()
+            torch.cuda.empty_cache()
     found = JobResult(
         task=job.task,
         seed=job.seed,
@@ -244,58 +254,77 @@ def finished_result(job: GlueJob) -> JobResult | None:
         ) from None
 
 
-def slots(config: GlueConfig) -> list[dict[str, str]]:
-    """The environments of the processes to run side by side."""
-    import torch
-
-    num_gpus = 0 if config.device == "cpu" else torch.cuda.device_count()
-    per_gpu = 4 if config.jobs_per_gpu == "auto" else config.jobs_per_gpu
-    if not config.parallel:
-        return [{}]
-    cores = len(os.sched_getaffinity(0))
-    if num_gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else [str(gpu) for gpu in range(num_gpus)]
-        threads = {"OMP_NUM_THREADS": str(max(1, cores // (per_gpu * num_gpus)))}
-        return [threads | {"CUDA_VISIBLE_DEVICES": name} for _ in range(per_gpu) for name in names]
-    return [{"OMP_NUM_THREADS": "1"} for _ in range(cores)]
-
-
-def glue(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Results:
+def glue(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), engine: str = "local"
+) -> Results:
     """Fine-tune on all tasks that a YAML file (or a mapping of its content) names.
+
+    `engine`: `local`, or `ray` for a Ray cluster.
 
     Raises:
         ConfigError, DataError, CheckpointError: for what the user can mend.
         TrainingError: some jobs failed; the others have finished.
     """
-    results, failed = _glue(load_config(GlueConfig, source, overrides))
+    results, failed = _glue(load_config(GlueConfig, source, overrides), engine)
     if failed:
         raise TrainingError(failure_text(failed))
     return results
 
 
-def _glue(config: GlueConfig, published: bool = False) -> tuple[Results, list[Outcome]]:
-    from mosaicbert.glue_suite.data import load_task
+def _glue(
+    config: GlueConfig, engine: str, published: bool = False
+) -> tuple[Results, list[Outcome]]:
     from mosaicbert.glue_suite.live import LiveTable
+    from mosaicbert.glue_suite.workers import build_executor
     from mosaicbert.report import report_at_end
 
     jobs = plan_jobs(config)
-    for name in dict.fromkeys(job.task for job in jobs):
-        for split in ("train", *pick(name).validation_splits):
-            load_task(pick(name), config.data_dir, split)  # faults are told before any training
     done = {job.name: result for job in jobs if (result := finished_result(job)) is not None}
     if done:
         log.info("%d of %d jobs were finished before and are not run again.", len(done), len(jobs))
     left = [job for job in jobs if job.name not in done]
-    queue = [Job(job.name, job, job.folder / "log.txt", job.after) for job in left]
-    with LiveTable(jobs, done, show=config.progress_bar) as table:
-        outcomes = run_jobs(queue, slots(config), run_job, table.on_event)
+    outcomes: list[Outcome] = []
+    if left:
+        with closing(build_executor(config, left, engine)) as workers:
+            order = longest_first(left, check_data(left))  # faults are told before any training
+            queue = [Job(job.name, job, job.folder / "log.txt", job.after) for job in order]
+            with LiveTable(jobs, done, show=config.progress_bar) as table:
+                outcomes = run_jobs(queue, workers, table.on_event)
     done |= {outcome.job.name: outcome.result for outcome in outcomes if outcome.error is None}
     _drop_checkpoints(jobs, done)
     results = Results([done[job.name] for job in jobs if job.name in done])
     results.write(run_folder(config), published=published)
     report_at_end(run_folder(config))
     return results, [outcome for outcome in outcomes if outcome.error is not None]
+
+
+def check_data(jobs: Sequence[GlueJob]) -> dict[str, int]:
+    """Read all that the jobs will read; the training examples of each task."""
+    from mosaicbert.glue_suite.data import load_task
+
+    rows = {}
+    for name, data_dir in {job.task: job.data_dir for job in jobs}.items():
+        rows[name] = len(load_task(pick(name), data_dir, "train"))
+        for split in pick(name).validation_splits:
+            load_task(pick(name), data_dir, split)
+    return rows
+
+
+def longest_first(jobs: Sequence[GlueJob], rows: Mapping[str, int]) -> list[GlueJob]:
+    """The order in which to start: what others wait for, then by samples to train on.
+
+    So the last to end are short ones, and no worker is idle for long before the end. `rows`: the
+    training examples of each task.
+    """
+    awaited = {job.after for job in jobs}
+
+    def samples(job: GlueJob) -> float:
+        total = Duration.parse(job.config.max_duration)
+        if total.unit == "ep":
+            return total.value * rows[job.task]
+        return total.value * (job.config.global_train_batch_size if total.unit == "ba" else 1)
+
+    return sorted(jobs, key=lambda job: (job.name not in awaited, -samples(job)))
 
 
 def _drop_checkpoints(jobs: Sequence[GlueJob], done: Mapping[str, Any]) -> None:
@@ -335,6 +364,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--published", action="store_true", help="put published results beside the table"
     )
+    parser.add_argument(
+        "--engine", choices=ENGINES, default="local", help="processes here, or a Ray cluster"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -343,7 +375,7 @@ def main(args: argparse.Namespace) -> int:
 
     config = load_config(GlueConfig, args.config, args.overrides)
     set_log_level(config.python_log_level)
-    results, failed = _glue(config, args.published)
+    results, failed = _glue(config, args.engine, args.published)
     print(results.table(published=args.published))
     print(f"Written: {run_folder(config)}/glue.json, glue.csv and glue.png")
     if failed:

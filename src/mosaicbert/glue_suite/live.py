@@ -59,6 +59,8 @@ class LiveTable:
         elif kind == "done":
             spent = _clock(time.monotonic() - self._started[job.name])
             row |= {"state": "done", "left": spent, "metric": _metric(detail.metrics)}
+        elif kind == "again":
+            row |= {"state": "waiting", "left": "", "metric": "out of GPU memory, goes on later"}
         else:
             row |= {"state": "FAILED", "left": "", "metric": str(detail).splitlines()[0]}
         if self._live is None and kind != "progress":
