@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from text_sets import (
     BERT,
     CLS,
@@ -60,6 +62,44 @@ def test_ranks_share_the_same_global_batches(data: Path, world_size: int, sample
         for steps in zip(*(rank.steps(1, sample) for rank in ranks), strict=True)
     ]
     assert together == alone
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 99),
+    block=st.integers(1, 60),
+    epoch=st.integers(0, 2),
+    start=st.integers(0, 49),
+    world_size=st.sampled_from([1, 2, 4]),
+    long_documents=st.sampled_from(["truncate", "chunk"]),
+)
+def test_a_resume_at_any_sample_on_any_ranks_has_the_same_samples_and_masks(
+    data: Path,
+    seed: int,
+    block: int,
+    epoch: int,
+    start: int,
+    world_size: int,
+    long_documents: str,
+) -> None:
+    """One rank takes the epoch sample by sample; others join it at `start` in batches of 8."""
+    same = {
+        "shuffle_seed": seed,
+        "shuffle_block_size": block,
+        "long_documents": long_documents,
+        "max_seq_len": 16,
+        "drop_last": False,
+    }
+    single = loader(data, batch_size=1, **same)
+    one_by_one = [sequences(step)[0] for step in single.steps(epoch)]
+    assert len(one_by_one) == single.num_samples
+    ranks = [loader(data, rank=r, world_size=world_size, **same) for r in range(world_size)]
+    at = start
+    for steps in zip(*(rank.steps(epoch, start) for rank in ranks), strict=True):
+        found = sorted(sample for step in steps for sample in sequences(step))
+        assert found == sorted(one_by_one[at : at + 8])
+        at += len(found)
+    assert at == single.num_samples
 
 
 def test_resume_goes_on(data: Path) -> None:

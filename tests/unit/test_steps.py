@@ -80,6 +80,32 @@ def test_resuming_on_other_ranks_changes_nothing(
 
 @given(
     num_positions=st.integers(1, 60),
+    start=st.integers(0, 59),
+    batch_size=st.integers(1, 13),
+    world_size=st.sampled_from([1, 2, 3, 4]),
+)
+def test_from_any_sample_on_none_is_lost_and_none_comes_twice(
+    num_positions: int, start: int, batch_size: int, world_size: int
+) -> None:
+    """Also in the middle of what was a batch when the run began."""
+    start %= num_positions
+    ranks = [
+        loader(num_positions, batch_size, rank=r, world_size=world_size) for r in range(world_size)
+    ]
+    at = start
+    for steps in zip(*(rank.steps(0, start) for rank in ranks), strict=True):
+        batches = [batch for step in steps for batch in step.microbatches]
+        found = sorted(label for batch in batches for label in batch.labels.tolist())
+        assert found == list(range(at, min(at + batch_size, num_positions)))
+        at += len(found)
+        assert {(s.epoch, s.sample_in_epoch) for s in steps} == {
+            (1, 0) if at == num_positions else (0, at)
+        }
+    assert at == num_positions
+
+
+@given(
+    num_positions=st.integers(1, 60),
     start=st.integers(0, 60),
     batch_size=st.integers(1, 13),
     drop_last=st.booleans(),

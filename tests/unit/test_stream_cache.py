@@ -26,7 +26,7 @@ from faulty_store import (
 from mosaicbert.data import download as download_module
 from mosaicbert.data.download import BusyError, only_one
 from mosaicbert.data.folders import parse_bytes
-from mosaicbert.data.stream import ShardSet
+from mosaicbert.data.stream import ShardSet, _evict
 from mosaicbert.errors import ConfigError, DataError
 
 # Python 3.12 warns of every fork of a process with threads; what is forked here takes no locks.
@@ -94,6 +94,39 @@ def test_cache_limit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         assert found == EXPECTED
         shards.close()
     assert not caplog.records
+
+
+def test_the_shard_used_longest_ago_leaves_first(tmp_path: Path) -> None:
+    folder = folder_of(upload(tmp_path), tmp_path / "local")
+    shards = ShardSet([folder], 3 * folder.shards[0].raw_bytes)
+    for number in (0, 1, 2, 0, 3):
+        shards.focus([number])
+        shards.open(number)
+        time.sleep(0.02)  # file times may be coarse
+    left = {path.name for path in tmp_path.glob("local/train/*.mds")}
+    assert left == {f"shard.0000{number}.mds" for number in (0, 2, 3)}
+    shards.close()
+
+
+def test_the_look_ahead_pushes_out_nothing_it_comes_to_first(tmp_path: Path) -> None:
+    folder = folder_of(upload(tmp_path), tmp_path / "local")
+    shards = ShardSet([folder], 2 * folder.shards[0].raw_bytes)
+    shards.focus(range(len(shards.infos)))
+    assert wait_until(lambda: len(list(tmp_path.glob("local/train/*.mds"))) == 2)
+    time.sleep(0.2)
+    assert sorted(FaultyFileSystem.reads) == ["index.json", "shard.00000.mds", "shard.00001.mds"]
+    shards.close()
+
+
+def test_a_shard_that_is_being_fetched_is_not_evicted(tmp_path: Path) -> None:
+    """Its compressed file may be there, about to be read."""
+    raw, packed = tmp_path / "shard", tmp_path / "shard.zstd"
+    packed.touch()
+    with only_one(raw, 0.0):
+        assert not _evict(packed, raw)
+        assert packed.exists()
+    assert _evict(packed, raw)
+    assert not packed.exists()
 
 
 def test_shards_in_use_stay(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
