@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,25 @@ class _Terminated:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.make_samples, name)
+
+
+FAILS = """
+import sys
+sys.path[:0] = {path!r}
+from pathlib import Path
+from text_sets import loader
+steps = loader(Path({data!r}), num_workers=2).steps(0)
+next(steps)
+raise AttributeError("a mistake of ours")
+"""
+
+
+def test_an_unforeseen_error_ends_the_process(data: Path) -> None:
+    """Its traceback holds the steps, so nobody stops the workers but the interpreter's end."""
+    program = FAILS.format(path=[str(Path(__file__).parent), *sys.path], data=str(data))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith(b"AttributeError: a mistake of ours")
 
 
 def _die(epoch: int, start: int, end: int) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
@@ -231,13 +232,20 @@ def _start_worker(_: int) -> None:
     """One thread for each worker: it is the workers that share the cores.
 
     Ctrl-C reaches them too, and so does the SIGTERM that a scheduler sends to a process group,
-    but it is the trainer that decides when to end. A second SIGTERM ends a worker: it is how torch
-    removes one that does not leave by itself.
+    but it is the trainer that decides when to end. Its own SIGTERM ends a worker at once: by it
+    torch and multiprocessing remove one that does not leave by itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_await_the_end, name="sigterm", daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+
+
+def _await_the_end() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _to_arrays(batch: Batch) -> dict[str, Any]:
