@@ -25,10 +25,12 @@ class Command:
 
 COMMANDS = {
     "convert": Command("text to MDS shards", "mosaicbert.data.convert"),
+    "tokenizer": Command("a vocabulary from text", "mosaicbert.data.tokenizer_training"),
     "inspect": Command("check shards and look at samples", "mosaicbert.data.inspect"),
     "pretrain": Command("masked-language-model pre-training from a YAML", "mosaicbert.pretraining"),
     "classify": Command("fine-tuning on one task from a YAML", "mosaicbert.finetuning"),
     "glue": Command("fine-tuning on all of GLUE from a YAML", "mosaicbert.glue_suite.jobs"),
+    "plan": Command("memory, time and cost of a run before it runs", "mosaicbert.plan"),
     "bench": Command("how fast a YAML's training step is here", "mosaicbert.bench"),
     "report": Command("one page about a run, or several compared", "mosaicbert.report"),
     "watch": Command("follow a run from another terminal", "mosaicbert.watch"),
