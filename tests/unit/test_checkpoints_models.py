@@ -285,6 +285,49 @@ def test_damaged_files(tmp_path, suffix):
             load(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "weights.pt is empty"),
+        (
+            b"hello, this is a text\n",
+            "damaged or no checkpoint: it does not begin as torch",
+        ),
+        (b"\x80\x02", "damaged or no checkpoint: it ends too early"),
+    ],
+)
+def test_files_of_another_kind(tmp_path, content, message):
+    (tmp_path / "weights.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path / "weights.pt")
+
+
+def test_a_foreign_model_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    save_file({"transformer.wte.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"its config.json says 'gpt2'.*transformer\.wte"):
+        load(tmp_path)
+
+
+def test_a_configuration_that_cannot_be_is_traced_to_its_file(tmp_path):
+    mosaic().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 3}))
+    with pytest.raises(ConfigError, match=f"{tmp_path}: hidden_size 128 does not divide"):
+        load(tmp_path)
+
+
+def test_other_dtypes_are_converted_and_said_so(tmp_path, caplog):
+    model = mosaic()
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    weights["bert.encoder.layer.0.mlp.wo.weight"] = torch.zeros(128, 32, dtype=torch.bfloat16)
+    torch.save(weights, tmp_path / "weights.pt")
+    with caplog.at_level(logging.INFO, logger="mosaicbert"):
+        loaded = load(tmp_path / "weights.pt")
+    assert "weights.pt: from torch.bfloat16 and torch.float32 to torch.float32" in caplog.text
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
 def test_nothing_there(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         load(tmp_path / "nowhere")

@@ -90,7 +90,11 @@ def load(path: str | Path, task: Task = "mlm", **config: Any) -> nn.Module:
         values.pop("id2label", None)
         values.pop("label2id", None)
     values |= checked_keys(config_class, config, "config")
-    model: nn.Module = model_class(model_type, task)(make_config(config_class, values))
+    try:
+        shape = make_config(config_class, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    model: nn.Module = model_class(model_type, task)(shape)
     model.config.architectures = [type(model).__name__]  # type: ignore[union-attr]
     put_weights(model, weights, str(path))
     return model.eval()
@@ -174,11 +178,19 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor], where: str) -> 
         logger.info("%s has no %s*: a new head, as initialised.", where, head)
     for head in sorted(filter(None, left_out)):
         logger.info("%s: %s* is left out, it belongs to another task.", where, head)
+    _say_conversion(own, weights, where)
     with torch.no_grad():
         for name, tensor in weights.items():
             if name in own:
                 rows = min(len(tensor), len(own[name])) if tensor.ndim else None
                 own[name][:rows].copy_(tensor[:rows])
+
+
+def _say_conversion(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], where: str) -> None:
+    ours, theirs = ({str(t.dtype) for t in some.values()} for some in (own, weights))
+    if ours != theirs:
+        names = (" and ".join(sorted(some)) for some in (theirs, ours))
+        logger.info("%s: from %s to %s.", where, *names)
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -248,8 +260,9 @@ def _model_type(
     if f"{layer}attention.self.Wqkv.weight" in weights:
         return "mosaic_bert"
     if f"{layer}attention.self.query.weight" not in weights:
+        says = f"its config.json says {config.get('model_type')!r}, " if config else ""
         raise CheckpointError(
-            f"{path} holds neither Mosaic BERT nor BERT: its weights are named "
+            f"{path} holds neither Mosaic BERT nor BERT: {says}its weights are named "
             f"{', '.join(list(weights)[:5]) or '(there are none)'} ..."
         )
     gated = f"{layer}intermediate.gated_layers.weight" in weights

@@ -147,7 +147,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None
 def _shard_names(index: Path) -> list[str]:
     """The files that an index of Hugging Face's names: all of them beside it."""
     named = _read_json(index).get("weight_map")
-    names = list(named.values()) if isinstance(named, dict) else [None]
+    names: list[Any] = list(named.values()) if isinstance(named, dict) else [None]
     beside = {path.name for path in index.parent.iterdir() if path.is_file()}
     for name in names:
         if not isinstance(name, str) or name not in beside:
@@ -223,6 +223,8 @@ def _from_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 
 
 def _unpickle(path: Path) -> Any:
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path} is empty.")
     if not zipfile.is_zipfile(path):
         return _restricted_load(path, mmap=False)  # torch's format before 1.6, or no pickle at all
     try:
@@ -235,9 +237,10 @@ def _unpickle(path: Path) -> Any:
         if name.split(".")[0] not in TRAINER_STATE and name not in PLAIN_TYPES
     ]
     if refused:
+        calls = f"{', '.join(refused[:5])}{' and others' if len(refused) > 5 else ''}"
         raise CheckpointError(
-            f"{path} holds code, not only tensors: it would call {', '.join(refused)}. Nothing of "
-            "it was run. Save the model's state_dict() alone."
+            f"{path} holds code, not only tensors: it would call {calls}. Nothing of it was run. "
+            "Save the model's state_dict() alone."
         )
     _check_sums(path)
     # torch's loader fills lists and dicts only
@@ -278,5 +281,10 @@ def _restricted_load(path: Path, mmap: bool) -> Any:
         raise CheckpointError(
             f"{path} is no checkpoint, or holds code; nothing of it was run ({reason})."
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, IndexError) as error:
+        reason = str(error).split("\n")[0].split(". ")[0]
+        if isinstance(error, EOFError):
+            reason = "it ends too early"
+        elif isinstance(error, KeyError | IndexError):
+            reason = "it does not begin as torch's files do"
+        raise CheckpointError(f"{path} is damaged or no checkpoint: {reason}.") from error
