@@ -256,29 +256,32 @@ def _release() -> None:
 
 def fine_tune(run: dict[str, Any], checkpoints: Path, data: Path, tiny: bool) -> dict[str, Any]:
     """GLUE of a run's checkpoint: the complete tasks, by the published settings, one seed."""
-    began = time.monotonic()
+    began, folder = time.monotonic(), checkpoints.with_suffix(".glue")
     config = run["config"]
     kwargs: dict[str, Any] = {"save_num_checkpoints_to_keep": 0}
     if tiny:
         kwargs |= {"max_duration": "2ba"}
     names = ("precision", "device", "tokenizer_name", "algorithms")
-    results = mosaicbert.glue(
-        {
-            "base_run_name": "glue",
-            "data_dir": str(data),
-            "parallel": True,
-            "jobs_per_gpu": "auto",
-            "model": config["model"],
-            "starting_checkpoint_load_path": str(checkpoints),
-            "run_folder": str(checkpoints.with_suffix(".glue")),
-            "progress_bar": False,
-            "python_log_level": "warning",
-            "scheduler": {"name": "linear_decay_with_warmup", "t_warmup": "0.06dur"},
-            "tasks": {name: {"seeds": [19], "trainer_kwargs": kwargs} for name in GLUE_TASKS},
-            **{name: config[name] for name in names if config.get(name) is not None},
-        }
-    )
-    found = results.to_dict()
+    suite = {
+        "base_run_name": "glue",
+        "data_dir": str(data),
+        "parallel": True,
+        "jobs_per_gpu": "auto",
+        "model": config["model"],
+        "starting_checkpoint_load_path": str(checkpoints),
+        "run_folder": str(folder),
+        "progress_bar": False,
+        "python_log_level": "warning",
+        "scheduler": {"name": "linear_decay_with_warmup", "t_warmup": "0.06dur"},
+        "tasks": {name: {"seeds": [19], "trainer_kwargs": kwargs} for name in GLUE_TASKS},
+        **{name: config[name] for name in names if config.get(name) is not None},
+    }
+    try:
+        mosaicbert.glue(suite)
+    except ModuleNotFoundError as error:  # of the picture, which comes after the scores
+        if error.name != "matplotlib":
+            raise
+    found = json.loads((folder / "glue.json").read_text())
     return {
         "mean": found["glue"],
         "tasks": found["task_means"],
