@@ -292,6 +292,21 @@ def test_kill_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
     assert not list(tmp_path.glob(".part-*"))
 
 
+@pytest.mark.parametrize("uri", ["{}", "memory://{}"])
+@pytest.mark.parametrize("latest", [None, "ep9-ba999", "\xff"])
+def test_a_kill_before_latest_was_written(uri, latest, tmp_path):
+    """Others find a save folder's checkpoint by `latest`: the same command again mends it."""
+    save_folder = uri.format(tmp_path)
+    make_trainer(save_folder=save_folder, max_duration="4ba")[0].fit()
+    folder = SaveFolder(save_folder)
+    newest = folder.newest()
+    folder.fs.rm_file(f"{folder.root}/latest")
+    if latest is not None:
+        folder.fs.pipe_file(f"{folder.root}/latest", latest.encode("latin-1"))
+    make_trainer(save_folder=save_folder, max_duration="4ba", autoresume=True)[0].fit()
+    assert folder.fs.cat_file(f"{folder.root}/latest").decode().strip() == newest
+
+
 def test_what_a_killed_upload_left_is_cleared_away(tmp_path, monkeypatch):
     monkeypatch.setattr(store.tempfile, "tempdir", str(tmp_path))
     left = []

@@ -81,16 +81,29 @@ class SaveFolder:
 
     def newest(self) -> str | None:
         """The checkpoint `latest` names; without one, that of the highest batch."""
-        names = self.names()
-        try:
-            latest = str(self.fs.cat_file(f"{self.root}/{LATEST}").decode()).strip()
-        except FileNotFoundError:
-            latest = ""
+        names, latest = self.names(), self._latest()
         if latest in names:
             return latest
         if latest and names:
             log.warning("%s names %s, which is not whole: %s it is.", LATEST, latest, names[-1])
         return names[-1] if names else None
+
+    def _latest(self) -> str:
+        try:
+            return str(self.fs.cat_file(f"{self.root}/{LATEST}").decode(errors="replace")).strip()
+        except FileNotFoundError:
+            return ""
+
+    def _point_to(self, name: str) -> None:
+        """Let `latest` name a checkpoint, in one go."""
+        if not self.is_local:
+            _retried(lambda: self.fs.pipe_file(f"{self.root}/{LATEST}", name.encode()))
+            return
+        pointer = Path(self.root) / f"{PART}{LATEST}"
+        pointer.write_text(name + "\n", encoding="utf-8")
+        sync_to_disk([pointer])
+        os.replace(pointer, Path(self.root) / LATEST)
+        sync_to_disk([Path(self.root)])
 
     def run_of(self, name: str) -> str | None:
         """Identity of the run that wrote a checkpoint."""
@@ -126,9 +139,17 @@ class SaveFolder:
         self.fs.rm(f"{self.root}/{name}", recursive=True)
 
     def recover(self) -> None:
-        """Clear away what a killed run left half-written, and put back what it had set aside."""
-        if not self.is_local:
-            return
+        """Clear away what a killed run left half-written, and put back what it had set aside.
+
+        A kill between a checkpoint and its `latest` leaves a pointer that names nothing: it is set.
+        """
+        if self.is_local:
+            self._tidy()
+        newest = self.newest()
+        if newest is not None and newest != self._latest():
+            self._point_to(newest)
+
+    def _tidy(self) -> None:
         root = Path(self.root)
         for path in root.glob(f"{ASIDE}*"):
             name = path.name.removeprefix(ASIDE)
@@ -163,11 +184,7 @@ class SaveFolder:
             os.rename(root / name, old)
         os.rename(part, root / name)
         sync_to_disk([root])
-        pointer = root / f"{PART}{LATEST}"
-        pointer.write_text(name + "\n", encoding="utf-8")
-        sync_to_disk([pointer])
-        os.replace(pointer, root / LATEST)
-        sync_to_disk([root])
+        self._point_to(name)
         shutil.rmtree(old, ignore_errors=True)
 
     def _upload(self, checkpoint: Checkpoint, write_assets: WriteAssets | None) -> None:
@@ -183,7 +200,7 @@ class SaveFolder:
                         str(path), f"{target}/{path.relative_to(folder)}"
                     )
                 )
-        _retried(lambda: self.fs.pipe_file(f"{self.root}/{LATEST}", checkpoint.name.encode()))
+        self._point_to(checkpoint.name)
 
 
 @contextmanager
