@@ -1,6 +1,7 @@
 """What pre-training and fine-tuning share: device, microbatch, run folder, monitors, trainer."""
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -142,9 +143,10 @@ def print_result(result: TrainResult, title: str) -> None:
     rows: dict[str, Any] = {
         "loss/train": f"{result.train_loss:.4f}",
         **{name: f"{value:.4f}" for name, value in sorted(result.metrics.items())},
-        "tokens a second": f"{result.tokens_per_second:,.0f}",
-        "seconds": f"{result.seconds:.1f}",
     }
+    if not math.isnan(result.tokens_per_second):
+        rows["tokens a second"] = f"{result.tokens_per_second:,.0f}"
+    rows["seconds"] = f"{result.seconds:.1f}"
     if result.checkpoint:
         rows["checkpoint"] = redact_text(result.checkpoint)
     width = max(map(len, rows))

@@ -3,12 +3,14 @@
 import math
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_run import TinyLoader, TinyModel, assert_same, make_trainer, moments, weights
 
 from mosaicbert.errors import ConfigError, DataError, TrainingError
+from mosaicbert.run import print_result
 
 
 def test_trains_evaluates_and_reports():
@@ -110,6 +112,20 @@ def test_precisions(precision):
     assert trainer.model.embeddings.weight.dtype == expected
 
 
+@pytest.mark.parametrize(("supported", "lines"), [(False, 1), (True, 0)])
+def test_slow_numbers_are_told_once(supported, lines, caplog, monkeypatch):
+    for kind in ("bf16", "fp16"):
+        name = f"_is_mkldnn_{kind}_supported"
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: supported, raising=False)
+    for precision in ("amp_bf16", "amp_fp16", "bf16"):
+        caplog.clear()
+        make_trainer(precision=precision, max_duration="3ba")[0].fit()
+        assert [r.message.count("fp32 is faster") for r in caplog.records] == [1] * lines
+    caplog.clear()
+    make_trainer(precision="fp32", max_duration="1ba")[0].fit()
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("kind", ["norm", "value"])
 def test_gradient_clipping(kind):
     limit = 1e-3
@@ -170,6 +186,15 @@ def test_out_of_memory_with_a_fixed_microbatch():
     trainer, _ = make_trainer(model=model, device_train_microbatch_size=8)
     with pytest.raises(TrainingError, match="device_train_microbatch_size"):
         trainer.fit()
+
+
+def test_one_step_has_no_speed_to_tell(capsys):
+    result = make_trainer(max_duration="1ba")[0].fit()
+    assert math.isnan(result.tokens_per_second)  # that step warms up
+    print_result(result, "one")
+    assert "tokens a second" not in capsys.readouterr().out
+    print_result(replace(result, tokens_per_second=1234.5), "more")
+    assert "tokens a second          1,234\n" in capsys.readouterr().out
 
 
 def test_empty_epoch_is_an_error():

@@ -29,6 +29,8 @@ class Backward:
         """Move the model to its device and type."""
         is_gpu = ranks.device.type == "cuda"
         self.precision = config.precision or ("amp_bf16" if is_gpu else "fp32")
+        if ranks.is_first and not is_gpu:
+            _warn_of_slow_numbers(self.precision)
         self.model = model.to(ranks.device)
         if self.precision == "bf16":
             self.model.to(torch.bfloat16)
@@ -123,3 +125,18 @@ class Backward:
         )
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _warn_of_slow_numbers(precision: str) -> None:
+    """Say so where this CPU has no instructions for 16-bit matrix products."""
+    kind = "fp16" if precision == "amp_fp16" else "bf16"
+    if precision == "fp32":
+        return
+    there = torch.backends.mkldnn.is_available()
+    if not (there and getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")()):
+        log.warning(
+            "precision: %s on a CPU without instructions for %s: torch emulates them, which takes "
+            "ten times as long or more. precision: fp32 is faster here.",
+            precision,
+            kind,
+        )

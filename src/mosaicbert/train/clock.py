@@ -1,5 +1,6 @@
 """What a run takes, by the wall clock."""
 
+import math
 import time
 
 
@@ -30,8 +31,8 @@ class Clock:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over the steps' own seconds, without the first, which compiles; 0 where there is none."""
-        return self._tokens / self._seconds if self._seconds else 0.0
+        """Over the steps' own seconds, without the first, which compiles; NaN where it was all."""
+        return self._tokens / self._seconds if self._seconds else math.nan
 
     def skip(self) -> None:
         """What went by since the last lap was no step."""

@@ -83,4 +83,4 @@ class TrainResult:
     seconds: float
     """Wall clock of this call."""
     tokens_per_second: float
-    """Real tokens over the steps' own seconds, without the first step (it compiles)."""
+    """Real tokens over the steps' own seconds, without the first step (it compiles); or NaN."""
