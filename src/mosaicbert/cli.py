@@ -31,6 +31,7 @@ COMMANDS = {
     "classify": Command("fine-tuning on one task from a YAML", "mosaicbert.finetuning"),
     "glue": Command("fine-tuning on all of GLUE from a YAML", "mosaicbert.glue_suite.jobs"),
     "plan": Command("memory, time and cost of a run before it runs", "mosaicbert.plan"),
+    "doctor": Command("is this machine fit for a run, and what to mend", "mosaicbert.doctor"),
     "bench": Command("how fast a YAML's training step is here", "mosaicbert.bench"),
     "report": Command("one page about a run, or several compared", "mosaicbert.report"),
     "watch": Command("follow a run from another terminal", "mosaicbert.watch"),

@@ -22,6 +22,7 @@ ALLOWED = {
     "launch": BASE | {"launch", "slurm"},
     "report": BASE | {"train", "report"},
     "plan": BASE | {"run", "data", "models", "train", "bench", "plan"},
+    "doctor": BASE | {"data", "models", "train"},
     "watch": BASE | {"train", "report"},
     "run": BASE | {"models", "train", "report"},
     "pretraining": BASE | {"run", "data", "models", "train", "launch"},

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from mosaicbert.config.jobs import ClassifyConfig, GlueConfig, PretrainConfig
 from mosaicbert.config.load import dump_config, load_config
 
-_SCHEMAS: dict[str, type[BaseModel]] = {
+SCHEMAS: dict[str, type[BaseModel]] = {
     "pretrain": PretrainConfig,
     "classify": ClassifyConfig,
     "glue": GlueConfig,
@@ -21,20 +21,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", help="key=value words that win over the file")
     parser.add_argument(
         "--job",
-        choices=tuple(_SCHEMAS),
+        choices=tuple(SCHEMAS),
         help="what it is for; default: told by its keys",
     )
 
 
 def main(args: argparse.Namespace) -> int:
     """Check; print the whole configuration, defaults included, for `show`."""
-    job = args.job or _job_of(args.config)
-    config = load_config(_SCHEMAS[job], args.config, args.overrides)
+    job = args.job or job_of(args.config)
+    config = load_config(SCHEMAS[job], args.config, args.overrides)
     print(dump_config(config) if args.action == "show" else f"{args.config}: a sound {job} YAML")
     return 0
 
 
-def _job_of(path: str) -> str:
+def job_of(path: str) -> str:
     """`tasks` makes it GLUE; a loader with a `dataset` section is pre-training's."""
     import yaml
 

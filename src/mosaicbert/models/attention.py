@@ -154,6 +154,19 @@ def choose_backend(
     Raises:
         ConfigError: the one asked for is unknown, or cannot do this.
     """
+    backend, why = explain_backend(device, head_dim, dtype, dropout_p, override)
+    _say_once(f"Attention runs as {backend!r} on {device.type} ({why}).")
+    return backend
+
+
+def explain_backend(
+    device: torch.device,
+    head_dim: int,
+    dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    override: str | None = None,
+) -> tuple[str, str]:
+    """What `choose_backend` gives, and why. Raises as it does."""
     asked = os.environ.get("MOSAICBERT_ATTENTION") or override
     if asked and asked not in BACKENDS:
         raise ConfigError(
@@ -173,8 +186,7 @@ def choose_backend(
         passed_over.setdefault(objection, []).append(backend)
     why = [f"not {' or '.join(names)}: {reason}" for reason, names in passed_over.items()]
     why = ["asked for"] if asked else why or ["the fastest"]
-    _say_once(f"Attention runs as {backend!r} on {device.type} ({'; '.join(why)}).")
-    return backend
+    return backend, "; ".join(why)
 
 
 def _objection(
