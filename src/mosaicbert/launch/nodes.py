@@ -17,8 +17,8 @@ from contextlib import suppress
 log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 5.0
-LOST_SECONDS = 40.0
-"""How long a machine may be silent; with the time to stop, others end within a minute."""
+LOST_SECONDS = 30.0
+"""How long a machine may be silent; with the time to stop, others end well within a minute."""
 GOODBYE_SECONDS = 5.0
 CONNECT_SECONDS = 0.5
 

@@ -132,7 +132,7 @@ def _warn_of_slow_numbers(precision: str) -> None:
     kind = "fp16" if precision == "amp_fp16" else "bf16"
     if precision == "fp32":
         return
-    there = torch.backends.mkldnn.is_available()
+    there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     if not (there and getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported")()):
         log.warning(
             "precision: %s on a CPU without instructions for %s: torch emulates them, which takes "
