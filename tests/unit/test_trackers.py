@@ -85,13 +85,14 @@ def test_comet(tmp_path, caplog, monkeypatch):
 
 
 @needs("mlflow")
-def test_mlflow(tmp_path, caplog):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    if importlib.util.find_spec("sqlalchemy") is None:
-        monkey = pytest.MonkeyPatch()
-        monkey.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-        uri = (tmp_path / "mlruns").as_uri()
-    run({"mlflow": {"tracking_uri": uri, "experiment_name": "test"}}, tmp_path)
+@pytest.mark.parametrize("named", [False, True])
+def test_mlflow(named, tmp_path, caplog, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "")  # so that what is set here goes again
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
+    uri = (tmp_path / ("elsewhere" if named else "mlruns")).as_uri()
+    settings = {"experiment_name": "test"} | ({"tracking_uri": uri} if named else {})
+    run({"mlflow": settings}, tmp_path)
     assert not [r for r in caplog.records if r.name.startswith("mosaicbert")]
     import mlflow
 

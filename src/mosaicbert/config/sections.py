@@ -342,6 +342,6 @@ class LoggersConfig(Strict):
     comet_ml: dict[str, Any] | None = None
     """Comet (extra `comet`): arguments of `comet_ml.start`."""
     mlflow: dict[str, Any] | None = None
-    """MLflow (extra `mlflow`): `tracking_uri`, `experiment_name`."""
+    """MLflow (extra `mlflow`): `tracking_uri` (default: files in the run folder) and others."""
     trackio: dict[str, Any] | None = None
     """Trackio (extra `trackio`): arguments of `trackio.init`."""

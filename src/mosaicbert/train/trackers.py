@@ -6,6 +6,7 @@ thread with the progress at its first row; settings are checked before, in the m
 
 import importlib
 import inspect
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -134,12 +135,23 @@ def _open_comet(comet_ml: ModuleType, settings: Settings, run: Run, start: Progr
     return Tracker(write, experiment.end)
 
 
+def _mlflow_uri(settings: Settings, run: Run) -> str:
+    """As configured, else as `MLFLOW_TRACKING_URI` says, else files in the run folder."""
+    folder = (run.folder or Path("runs") / run.name) / "mlruns"
+    uri = settings.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI")
+    uri = str(uri or folder.resolve().as_uri())
+    if uri.startswith("file:"):
+        # MLflow wants a database, but mlflow-skinny has no driver for one.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+    return uri
+
+
 _MLFLOW_SETTINGS = ["tracking_uri", "experiment_name", "run_name", "tags"]
 
 
 def _open_mlflow(mlflow: ModuleType, settings: Settings, run: Run, start: Progress) -> Logger:
     # The client is told everything by hand: the module's active run belongs to a thread.
-    client = mlflow.MlflowClient(settings.get("tracking_uri"))
+    client = mlflow.MlflowClient(_mlflow_uri(settings, run))
     name = settings.get("experiment_name") or "mosaicbert"
     known = client.get_experiment_by_name(name)
     experiment = known.experiment_id if known else client.create_experiment(name)
