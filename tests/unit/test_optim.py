@@ -160,6 +160,27 @@ def test_muon_uses_momentum_and_decay():
     torch.testing.assert_close(p.detach(), before * 0.95 - 0.1 * update, rtol=0.05, atol=1e-3)
 
 
+def test_muon_can_decay_only_what_its_update_makes_smaller():
+    moved, starts = [], []
+    for decay, cautious in ((0.5, True), (0.0, True), (0.5, False)):
+        model = model_of_layers()
+        options = {"muon_lr": 0.1, "weight_decay": decay, "muon_cautious_decay": cautious}
+        optimizer = build_optimizer(model, OptimizerConfig(name="muon", **options))
+        params = [layer.Wqkv.weight for layer in model.encoder.layer]
+        params += [layer.wo.weight for layer in model.encoder.layer]
+        starts.append(torch.cat([p.detach().flatten().clone() for p in params]))
+        run(optimizer, list(model.parameters()), [1.0])
+        moved.append(torch.cat([p.detach().flatten() for p in params]))
+    start = starts[0]
+    assert torch.equal(start, starts[1])
+    cautious, without, with_decay = moved
+    shrinks = (without - start) * start < 0
+    assert 0.3 < shrinks.float().mean() < 0.7
+    torch.testing.assert_close(cautious[shrinks], with_decay[shrinks])
+    torch.testing.assert_close(cautious[~shrinks], without[~shrinks])
+    assert (with_decay - without)[~shrinks].abs().max() > 1e-4  # the decay is there to be seen
+
+
 def test_groups_have_names_and_peak_rates():
     groups = build_optimizer(
         TinyModel(), OptimizerConfig(name="muon", lr=1e-3, muon_lr=0.02)

@@ -215,6 +215,8 @@ class OptimizerConfig(Strict):
     """`muon`: momentum."""
     muon_nesterov: bool = True
     """`muon`: Nesterov's form of it."""
+    muon_cautious_decay: bool = False
+    """`muon`: decay of a hidden matrix only those weights that the update makes smaller."""
 
 
 class SchedulerConfig(Strict):

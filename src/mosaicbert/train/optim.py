@@ -45,6 +45,7 @@ def build_optimizer(
             config.weight_decay,
             momentum=config.muon_momentum,
             nesterov=config.muon_nesterov,
+            cautious_decay=config.muon_cautious_decay,
             num_matrices=parts,
         )
         for parts in sorted({_num_matrices(name) for name in hidden})
@@ -149,10 +150,11 @@ class Muon(torch.optim.Optimizer):
 
     Jordan et al., 2024 (kellerjordan.github.io/posts/muon): each update is replaced by the nearest
     semi-orthogonal matrix and scaled by `sqrt(max(1, rows / cols))`; weight decay is decoupled and
-    scaled by the learning rate. Matrices of one shape, of all layers and groups' parts, go
-    through one batched iteration; wide ones are transposed and join the tall ones. A weight that
-    stacks q, k and v (or the two halves of a gated unit) counts as that many matrices. With
-    `ranks`, each iterates over its share of them.
+    scaled by the learning rate, and with `cautious_decay` leaves out the weights that the update
+    makes larger (Chen et al., 2025, arXiv:2510.12402). Matrices of one shape, of all layers and
+    groups' parts, go through one batched iteration; wide ones are transposed and join the tall
+    ones. A weight that stacks q, k and v (or the two halves of a gated unit) counts as that many
+    matrices. With `ranks`, each iterates over its share of them.
     """
 
     def __init__(
@@ -172,14 +174,17 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of all parameters that have a gradient."""
         assert closure is None, "closures are not supported"
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, float]]] = {}
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, float, float]]] = {}
         for group in self.param_groups:
             if "num_matrices" not in group:
                 continue
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            decay = group["lr"] * group["weight_decay"]
+            if not group.get("cautious_decay"):  # checkpoints of before have no such key
+                torch._foreach_mul_(params, 1 - decay)
+                decay = 0.0
             for p, update in zip(params, self._momentum(params, group), strict=True):
                 rows, cols = p.shape[0] // group["num_matrices"], p.shape[1]
                 rate = -group["lr"] * math.sqrt(max(1.0, rows / cols))
@@ -188,10 +193,12 @@ class Muon(torch.optim.Optimizer):
                     torch.split(p, rows), torch.split(update, rows), strict=True
                 ):
                     weight, part = (weight, part) if tall else (weight.mT, part.mT)
-                    by_shape.setdefault(weight.shape, []).append((weight, part, rate))
+                    by_shape.setdefault(weight.shape, []).append((weight, part, rate, decay))
         for members in by_shape.values():
-            updates = self._orthogonalized([part for _, part, _ in members])
-            for (weight, _, rate), update in zip(members, updates, strict=True):
+            updates = self._orthogonalized([part for _, part, _, _ in members])
+            for (weight, _, rate, decay), update in zip(members, updates, strict=True):
+                if decay:
+                    weight.sub_(weight * (update * weight > 0), alpha=decay)
                 weight.add_(update.to(weight.dtype), alpha=rate)
         if self.rest is not None:
             self.rest.step()
