@@ -219,6 +219,25 @@ def test_parts_are_written_before_more_is_read(folder, tmp_path, monkeypatch):
     assert happened == [word for n in range(4) for word in (f"read {n}", "wrote 2")]
 
 
+def test_processes_give_what_one_gives_in_order(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "ROWS_AT_ONCE", 3)
+    model = folder("mosaic_bert", "classes")
+    rows = [{"text": TEXTS[i % len(TEXTS)], "n": i} for i in range(20)]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for count in (1, 2):
+        out = tmp_path / f"{count}.jsonl"
+        assert files.predict_file(model, source, out, keep=["n"], num_workers=count) == 20
+    assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
+    assert [json.loads(line)["n"] for line in out.read_text().splitlines()] == list(range(20))
+
+    rows[7]["text"] = rows[16]["text"] = ""
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r'row 8, column "text": empty\. Mend'):
+        files.predict_file(model, source, tmp_path / "bad.jsonl", num_workers=2)
+    assert not (tmp_path / "bad.jsonl").exists()
+
+
 def test_bad_rows_are_named_or_skipped(folder, tmp_path, monkeypatch, caplog):
     model = folder("mosaic_bert", "classes")
     write_jsonl(tmp_path / "in.jsonl", text=[*TEXTS[:2], None, *TEXTS[3:5], "  ", 7])
