@@ -171,6 +171,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps to time (default: 10)")
     parser.add_argument("--kernels", action="store_true", help="list the GPU's longest kernels too")
     parser.add_argument("--out", type=Path, help="write what was measured as JSON")
+    parser.add_argument("--json", action="store_true", help="print that JSON in place of text")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -196,16 +197,25 @@ def main(args: argparse.Namespace) -> int:
         **bench.rates(seconds),
         "peak_bytes": peak,
     }
-    print(f"{config.run_name}: one step on {_device_name(ranks.device)}")
-    for name, value in _lines(config, record, seconds).items():
-        print(f"  {name:<18}  {value}")
     if args.kernels and ranks.device.type == "cuda":
         record["kernels"] = kernel_times(bench)
-        for row in record["kernels"][:20]:
-            print(f"  {row['us'] / 1e3:9.2f} ms  {row['count']:5}  {row['name'][:80]}")
+    if args.json:
+        print(json.dumps(record, indent=1))
+    else:
+        _print(config, record, seconds, ranks.device)
     if args.out:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0
+
+
+def _print(
+    config: PretrainConfig, record: dict[str, Any], seconds: float, device: torch.device
+) -> None:
+    print(f"{config.run_name}: one step on {_device_name(device)}")
+    for name, value in _lines(config, record, seconds).items():
+        print(f"  {name:<18}  {value}")
+    for row in record.get("kernels", [])[:20]:
+        print(f"  {row['us'] / 1e3:9.2f} ms  {row['count']:5}  {row['name'][:60]}")
 
 
 def bench_of(config: PretrainConfig, ranks: Ranks) -> Bench:

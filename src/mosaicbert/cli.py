@@ -1,7 +1,8 @@
 """The `mosaicbert` command: a table of commands, each imported only when it is asked for.
 
-Exit codes: 0 done; 1 a run failed; 2 a mistake in the configuration, the data, a checkpoint or the
-command line, told in one paragraph; 130 and 143 stopped by SIGINT or SIGTERM.
+Exit codes: 0 done; 1 a run failed (`plan`, `doctor`: would fail); 2 a mistake in the configuration,
+the data, a checkpoint or the command line, told in one paragraph; 130 and 143 stopped by SIGINT or
+SIGTERM.
 """
 
 import argparse
@@ -39,6 +40,7 @@ COMMANDS = {
     "export": Command("a checkpoint to Hugging Face or ONNX", "mosaicbert.models.export"),
     "launch": Command("a cluster file from a YAML", "mosaicbert.launch.clusters"),
     "config": Command("show or check a YAML", "mosaicbert.config.command"),
+    "completion": Command("a completion script for your shell", "mosaicbert.completion"),
 }
 
 
@@ -114,6 +116,8 @@ def _usage() -> str:
         "commands:",
         *(f"  {name:<10} {command.help}" for name, command in COMMANDS.items()),
         "",
-        'Try "mosaicbert COMMAND --help".',
+        'Try "mosaicbert COMMAND --help". NO_COLOR=1 switches colours off.',
+        "Exit codes: 0 done, 1 a run failed (plan, doctor: would fail), 2 a mistake in",
+        "what was asked for, 130 and 143 stopped by Ctrl-C or SIGTERM.",
     ]
     return "\n".join(lines)

@@ -66,3 +66,5 @@ def test_command(tmp_path, capsys) -> None:
     assert len(record["step_seconds"]) == 2
     assert record["samples_per_step"] == 6
     assert "tokens a second" in capsys.readouterr().out
+    assert cli.main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples_per_step"] == 6

@@ -23,6 +23,7 @@ ALLOWED = {
     "report": BASE | {"train", "report"},
     "plan": BASE | {"run", "data", "models", "train", "bench", "plan"},
     "doctor": BASE | {"data", "models", "train"},
+    "completion": BASE | {"cli"},
     "watch": BASE | {"train", "report"},
     "run": BASE | {"models", "train", "report"},
     "pretraining": BASE | {"run", "data", "models", "train", "launch"},

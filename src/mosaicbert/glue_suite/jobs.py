@@ -365,6 +365,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--published", action="store_true", help="put published results beside the table"
     )
     parser.add_argument(
+        "--json", action="store_true", help="print one JSON object in place of tables"
+    )
+    parser.add_argument(
         "--engine", choices=ENGINES, default="local", help="processes here, or a Ray cluster"
     )
 
@@ -376,8 +379,11 @@ def main(args: argparse.Namespace) -> int:
     config = load_config(GlueConfig, args.config, args.overrides)
     set_log_level(config.python_log_level)
     results, failed = _glue(config, args.engine, args.published)
-    print(results.table(published=args.published))
-    print(f"Written: {run_folder(config)}/glue.json, glue.csv and glue.png")
+    if args.json:
+        print(json.dumps(results.to_dict(args.published), indent=1, allow_nan=False))
+    else:
+        print(results.table(published=args.published))
+        print(f"Written: {run_folder(config)}/glue.json, glue.csv, glue.png and report.html")
     if failed:
         print(f"mosaicbert: {failure_text(failed)}", file=sys.stderr)
     return 1 if failed else 0
