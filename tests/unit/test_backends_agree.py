@@ -1,4 +1,4 @@
-"""The whole model gives the same loss and gradients on every attention backend."""
+"""The whole model gives the same loss and gradients on every attention backend, in either form."""
 
 import numpy
 import pytest
@@ -45,8 +45,22 @@ def batch():
     )
 
 
-def loss_and_gradients(model):
-    loss = model.loss(batch()).loss_sum
+def padded():
+    """The same as `(batch, seq)`, with a row that is padding alone."""
+    packed = batch()
+    mask = torch.arange(12) < torch.tensor([*LENGTHS, 0])[:, None]
+    labels = torch.full_like(packed.input_ids, -100)
+    labels[packed.target_positions] = packed.labels
+    inputs = {"input_ids": torch.zeros(4, 12).long(), "labels": torch.full((4, 12), -100)}
+    inputs["input_ids"][mask], inputs["labels"][mask] = packed.input_ids, labels
+    return {**inputs, "attention_mask": mask.long()}
+
+
+def loss_and_gradients(model, form="packed"):
+    if form == "packed":
+        loss = model.loss(batch()).loss_sum
+    else:
+        loss = model(**padded()).loss * 3
     return loss, torch.autograd.grad(loss, list(model.parameters()))
 
 
@@ -66,22 +80,34 @@ def exact():
     return loss.double(), gradients
 
 
-def check(model, want, expected):
-    loss, gradients = loss_and_gradients(model)
+def check(model, want, expected, form="packed"):
+    loss, gradients = loss_and_gradients(model, form)
     torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=0)
     for (name, _), got, true in zip(model.named_parameters(), gradients, expected, strict=True):
         assert (got.double() - true).norm() <= 1e-5 * true.norm(), name
 
 
+@pytest.mark.parametrize("form", ["packed", "padded"])
 @pytest.mark.parametrize("backend", ["reference", "sdpa", None])
-def test_plain_backends(backend):
-    check(build(backend), *exact())
+def test_plain_backends(backend, form):
+    check(build(backend), *exact(), form)
 
 
-def test_the_kernels(monkeypatch):
+def test_bf16():
+    """Loss within 1e-2, and the gradient of all parameters within 2e-2."""
+    want, expected = exact()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, gradients = loss_and_gradients(build("sdpa"))
+    torch.testing.assert_close(loss.double(), want, rtol=1e-2, atol=0)
+    whole, true = (torch.cat([g.double().flatten() for g in gs]) for gs in (gradients, expected))
+    assert (whole - true).norm() < 2e-2 * true.norm()
+
+
+@pytest.mark.parametrize("form", ["packed", "padded"])
+def test_the_kernels(monkeypatch, form):
     want = exact()
     in_the_interpreter(monkeypatch)
-    check(build("triton"), *want)
+    check(build("triton"), *want, form)
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")

@@ -119,7 +119,8 @@ def test_the_card_tells_no_other_run_s_metrics(checkpoint, tmp_path):
 
 def test_an_embedding_model(checkpoint, tmp_path):
     folder, model = checkpoint
-    out = export_checkpoint(folder, tmp_path / "out", task="embedding")
+    out = export_checkpoint(folder, tmp_path / "out", task="embedding", alibi_starting_size=2048)
+    assert json.loads((out / "sentence_bert_config.json").read_text())["max_seq_length"] == 2048
     modules = json.loads((out / "modules.json").read_text())
     assert [module["path"] for module in modules] == ["", "1_Pooling"]
     assert json.loads((out / "1_Pooling/config.json").read_text())["pooling_mode_mean_tokens"]

@@ -138,7 +138,7 @@ def _write_sentence_transformer(model: Any, target: Path) -> None:
             "type": "sentence_transformers.models.Pooling",
         },
     ]
-    length = model.config.max_position_embeddings
+    length = getattr(model.config, "alibi_starting_size", model.config.max_position_embeddings)
     (target / "1_Pooling").mkdir()
     for name, content in (
         ("modules.json", modules),
