@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,18 +29,18 @@ def test_a_killed_process_is_replaced(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "own.txt").write_text("".join(f"document {i}\n" for i in range(5000)))
     words = ["--dataset", tmp_path / "own.txt", "--size_limit", 8000]
     run(*words, "--out_root", tmp_path / "local", "--num_workers", 1)
-    work, killed = convert_engines._ray_work, tmp_path / "killed"
+    work, killed = convert_engines.work, tmp_path / "killed"
 
-    def work_or_die(task: convert_engines.Task) -> object:
+    def work_or_die(task: convert_engines.Task, report: Any) -> None:
         if task[2].index == 3 and not killed.exists():
             killed.write_text(str(os.getpid()))
             os.kill(os.getpid(), signal.SIGKILL)
-        return work(task)
+        work(task, report)
 
     ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(convert_engines, "_ray_work", work_or_die)
+            patch.setattr(convert_engines, "work", work_or_die)
             run(*words, "--out_root", tmp_path / "ray", "--engine", "ray")
         assert killed.exists()
         assert files(tmp_path / "ray") == files(tmp_path / "local")
