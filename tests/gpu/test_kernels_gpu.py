@@ -15,6 +15,7 @@ pytestmark = [
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from mosaicbert.models.attention import attention  # noqa: E402
 from mosaicbert.models.kernels.attention import alibi_attention  # noqa: E402
 from mosaicbert.models.kernels.geglu import geglu, geglu_backward, geglu_linear  # noqa: E402
 from mosaicbert.models.kernels.layernorm import residual_layer_norm  # noqa: E402
@@ -38,17 +39,10 @@ def off(got: Tensor, want: Tensor) -> float:
     return ((got.detach().double() - want).norm() / want.norm()).item()
 
 
-def reference_attention(qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor, window: int) -> Tensor:
-    outs = []
-    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
-        q, k, v = qkv[start:end].transpose(0, 2).unbind(1)  # (heads, seq, head_dim)
-        pos = torch.arange(end - start, device=qkv.device)
-        distance = (pos[:, None] - pos).abs()
-        scores = q @ k.mT / qkv.shape[-1] ** 0.5 - slopes.double()[:, None, None] * distance
-        if window >= 0:
-            scores = scores.masked_fill(distance > window, float("-inf"))
-        outs.append((scores.softmax(-1) @ v).transpose(0, 1))
-    return torch.cat(outs)
+def exact_attention(qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor, window: int) -> Tensor:
+    longest = int(cu_seqlens.diff().max())
+    seen = None if window < 0 else window
+    return attention(qkv, cu_seqlens, longest, slopes, window=seen, backend="reference")
 
 
 def random_lengths(max_seqlen: int) -> list[int]:
@@ -67,7 +61,7 @@ def check_attention(
     grad = torch.randn_like(out)
     out.backward(grad)
     exact = qkv.detach().double().requires_grad_()
-    want = reference_attention(exact, cu_seqlens, slopes, window)
+    want = exact_attention(exact, cu_seqlens, slopes, window)
     want.backward(grad.double())
     assert qkv.grad is not None
     assert exact.grad is not None
