@@ -6,9 +6,9 @@ DATA is a folder or file that `convert` reads. Some of its documents are written
 JSONL file; then, in alternation and on one core, it is converted plainly, converted with
 `--tokenize`, and its texts are given to the tokenizers library alone, already in memory. MB are
 10^6 bytes of UTF-8 text; seconds are CPU seconds of the process, all its threads together, so that
-other work on the machine does not count as time (waiting for the disk does not either: the wall time
-is beside it), though it slows this work by taking cache and memory; `load_average` says how many
-processes there were. The record has each repeat, the medians and the targets.
+other work on the machine does not count as time (waiting for the disk does not either: the wall
+time is beside it), though it slows this work by taking cache and memory; `load_average` says how
+many processes there were. The record has each repeat, the medians and the targets.
 """
 
 import argparse

@@ -8,10 +8,10 @@ plainly and with `--tokenize`; then, in alternation, in one process and on one t
 - `text`: an epoch of the plain set is read, tokenised, masked and packed;
 - `ids`: the same from the set of token ids.
 The files are warm and their hashes are checked before. Tokens are real ones, never what fills a
-shape up; seconds are CPU seconds, so that other work on the machine does not count as time (the wall time
-is beside them), though it slows this work by taking cache and memory; `load_average` says how many
-processes there were. The record has each repeat, the medians, the targets, and how many cores feed a GPU
-that takes `--gpu_tokens_per_second`.
+shape up; seconds are CPU seconds, so that other work on the machine does not count as time (the
+wall time is beside them), though it slows this work by taking cache and memory; `load_average` says
+how many processes there were. The record has each repeat, the medians, the targets, and how many
+cores feed a GPU that takes `--gpu_tokens_per_second`.
 """
 
 import argparse

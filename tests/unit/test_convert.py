@@ -428,6 +428,10 @@ def _start(words: list[object]) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
+def _names(folder: Path) -> set[str]:
+    return {str(path) for path in folder.rglob("*")}
+
+
 @pytest.mark.parametrize(
     ("num_workers", "times"),
     [
@@ -447,8 +451,11 @@ def test_kill_9_at_random_moments(tmp_path: Path, num_workers: int, times: int) 
     words += ["--out_root", tmp_path / "o", "--num_workers", num_workers]
     moments = random.Random(num_workers)
     for _ in range(times):
+        before = _names(tmp_path / "o")
         process = _start(words)
-        time.sleep(moments.uniform(0.3, 1.2))
+        while _names(tmp_path / "o") == before and process.poll() is None:
+            time.sleep(0.005)  # it is still starting
+        time.sleep(moments.uniform(0.0, 0.3))
         os.kill(process.pid, signal.SIGKILL)  # the parent alone: its workers must end by themselves
         process.wait()
         for index in (tmp_path / "o").glob("*/index.json"):

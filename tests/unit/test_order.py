@@ -136,6 +136,18 @@ def test_a_part_takes_other_shards_in_other_epochs() -> None:
     assert len({epoch_of(order, epoch)[0][0] for epoch in range(12)}) > 3
 
 
+def test_a_source_gone_over_again_gives_its_shards_in_another_order() -> None:
+    order = Order([Source((1,) * 8, 16)], seed=1, shuffle=True, block_size=1)
+    shards = [shard for shard, _ in epoch_of(order)]
+    assert sorted(shards[:8]) == sorted(shards[8:]) == list(range(8))
+    assert shards[:8] != shards[8:]
+
+
+def test_shuffling_within_a_block_differs_from_epoch_to_epoch() -> None:
+    order = Order([Source((50,), 50)], seed=1, shuffle=True, block_size=1000)  # one shard
+    assert epoch_of(order, 0) != epoch_of(order, 1)
+
+
 def test_documents_stay_together() -> None:
     def document_of(shard: int, indices: Ints) -> Ints:
         return indices // 3
