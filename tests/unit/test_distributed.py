@@ -99,6 +99,21 @@ def test_resume_on_another_number_of_ranks(alone, two):
     assert_agree({**two[0]["resumed"], "losses": losses}, alone[1]["plain"])
 
 
+@pytest.mark.parametrize("option", ["skip", "rewind"])
+def test_a_loss_that_is_no_number_on_one_rank_is_answered_by_both(two, option):
+    for answer in two:
+        assert answer[option]["bad"] == 1
+        assert answer[option]["updates"] == [4.0]  # of five steps
+        assert answer[option]["weights"] == two[0][option]["weights"]
+    assert not any("nan" in str(values) for values in two[0][option]["weights"].values())
+
+
+def test_a_loss_that_is_no_number_on_one_rank_stops_both(two):
+    for answer in two:
+        assert "loss nan" in answer["stop"]["error"]
+        assert "after batch 3" in answer["stop"]["error"]
+
+
 def test_rank_zero_writes_and_all_know(two):
     assert two[0]["saved"]["checkpoint"] == two[1]["saved"]["checkpoint"]
     assert Path(two[0]["saved"]["checkpoint"]).name == "ep2-ba10"

@@ -5,6 +5,7 @@ Run as a program, it becomes both; argument: a folder for their answers.
 
 import importlib
 import json
+import math
 import os
 import signal
 import sys
@@ -15,8 +16,10 @@ import numpy as np
 import torch
 from tiny_run import TinyLoader, TinyModel, make_trainer, weights
 
+from mosaicbert.config.sections import HealthCheckerConfig
 from mosaicbert.errors import ConfigError, TrainingError
 from mosaicbert.train.distributed import init_ranks
+from mosaicbert.train.monitors import HealthChecker
 
 NUM_SAMPLES = 33  # the last batch of an epoch is one sample: rank 1 has none
 
@@ -35,6 +38,21 @@ class FailsOnRankOne:
 
     def fail(self, grad):
         raise torch.OutOfMemoryError("no more memory")
+
+
+class NotANumberOnRankOne:
+    """The loss of rank 1 is NaN in the chosen step."""
+
+    def __init__(self, model, rank, step):
+        self.inner, self.rank, self.left = model.loss, rank, step
+
+    def __call__(self, batch, return_logits=False):
+        output = self.inner(batch, return_logits)
+        if not return_logits:
+            self.left -= 1
+            if self.rank == 1 and self.left == 0:
+                output.loss_sum = output.loss_sum * math.nan
+        return output
 
 
 class Terminate:
@@ -68,6 +86,30 @@ def trained(ranks, *, microbatch, fails=False, **changes):
     }
 
 
+def judged(ranks, folder, option):
+    """A run in which one rank's loss is NaN once: what the health checker made of it."""
+    model = TinyModel(dropout=0.0)
+    model.loss = NotANumberOnRankOne(model, ranks.rank, step=3)
+    checker = HealthChecker(HealthCheckerConfig(on_nan=option))
+    trainer, _ = make_trainer(
+        model=model,
+        loader=TinyLoader(40, 8, 8, ranks.rank, ranks.world_size),
+        ranks=ranks,
+        monitors=[checker],
+        evaluate=False,
+        max_duration="5ba",
+        save_interval="1ba",
+        save_folder=str(folder / option),
+    )
+    try:
+        trainer.fit()
+    except TrainingError as error:
+        return {"error": str(error)}
+    steps = {float(state["step"]) for state in trainer.optimizer.state.values()}
+    values = {name: w.tolist() for name, w in weights(trainer).items()}
+    return {"bad": checker.num_bad_steps, "updates": sorted(steps), "weights": values}
+
+
 def run(ranks, folder):
     answers = {}
     sizes = (8, 1)  # ranks differ in how many microbatches they have
@@ -77,6 +119,9 @@ def run(ranks, folder):
     answers["memory"] = trained(ranks, microbatch=4, fails=True)
     answers["resumed"] = trained(ranks, microbatch=4, load_path=str(folder / "alone/ep0-ba4"))
     answers["saved"] = trained(ranks, microbatch=4, save_folder=str(folder / "two"))
+
+    for option in ("skip", "rewind", "stop"):
+        answers[option] = judged(ranks, folder, option)
 
     answers["rows"] = ranks.gather_rows([np.arange(3)] if ranks.is_first else []).tolist()
     own = {"a": torch.arange(3.0), "b": torch.tensor(True)} if ranks.is_first else {}
