@@ -90,6 +90,17 @@ def keys(part):
     return [int(text[-1]) for text in (part.words[:] if hasattr(part, "words") else part.texts)]
 
 
+def test_the_end_is_saved_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path)
+    keys = {"run_folder": None, "save_folder": "ck", "save_interval": "3ba", "max_duration": "4ba"}
+    result = classify(YAML | keys | {"save_at_end": False})
+    assert [path.name for path in tmp_path.glob("ck/ep*")] == ["ep1-ba3"]
+    assert result.checkpoint.endswith("ep1-ba3")
+    result = classify(YAML | keys | {"autoresume": True})
+    assert result.checkpoint.endswith("-ba4")
+
+
 def test_errors_come_most_confident_first(tmp_path, monkeypatch):
     texts = ["text 0", "text 1", "text 2"]
     examples = Examples(texts, texts, np.array([1, 1, 0]), ("no", "yes"), "classification")

@@ -123,6 +123,27 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     assert len(lines) == 3
 
 
+def test_only_a_checkpoint_that_is_used_again_is_saved_at_the_end(tmp_path):
+    keep = {"trainer_kwargs": {"save_num_checkpoints_to_keep": 1}}
+    jobs = plan_jobs(make(tmp_path, {"mnli": {}, "rte": {"seeds": [1]}, "cola": keep}))
+    saved = {job.task: job.config.save_at_end for job in jobs}
+    assert saved == {"mnli": True, "rte": False, "cola": True}
+    assert {job.config.save_interval for job in jobs} == {"120sec"}
+    (alone,) = plan_jobs(make(tmp_path, {"mnli": {}}))
+    assert not alone.config.save_at_end
+
+
+def test_hf_bert_is_not_compiled_unless_asked(tmp_path):
+    def compile_of(name, **more):
+        return plan_jobs(make(tmp_path, {"mnli": {}}, model={"name": name}, **more))[
+            0
+        ].config.compile
+
+    assert compile_of("hf_bert") is False
+    assert compile_of("hf_bert", compile=True) is True
+    assert compile_of("mosaic_bert") is None
+
+
 def test_what_others_wait_for_and_long_jobs_start_first(tmp_path):
     tasks = {"mnli": {}, "rte": {"seeds": [1]}, "sst2": {"seeds": [1]}, "cola": {"seeds": [1]}}
     tasks["cola"]["trainer_kwargs"] = {"max_duration": "10ba"}
