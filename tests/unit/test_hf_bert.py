@@ -47,6 +47,7 @@ def pair(ours, theirs, **changes):
 
 def test_masked_lm_is_theirs():
     model, other = pair(hf_bert.BertForMaskedLM, hf.BertForMaskedLM)
+    assert model.config._attn_implementation == "sdpa"
     labels = torch.full_like(IDS, -100)
     labels[0, 1], labels[1, 2] = 5, 11
     want = other(IDS, attention_mask=MASK, labels=labels)
