@@ -307,6 +307,36 @@ def test_a_kill_before_latest_was_written(uri, latest, tmp_path):
     assert folder.fs.cat_file(f"{folder.root}/latest").decode().strip() == newest
 
 
+def test_a_kill_before_the_old_ones_went(tmp_path, monkeypatch):
+    changes = {"save_folder": str(tmp_path), "save_interval": "1ba", "max_duration": "4ba"}
+    changes |= {"save_num_checkpoints_to_keep": 2, "evaluate": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(store.CheckpointWriter, "remove_old", lambda self: None)
+        make_trainer(**changes)[0].fit()
+    assert len(list(tmp_path.glob("ep*"))) == 4
+    make_trainer(**changes, autoresume=True)[0].fit()
+    assert len(list(tmp_path.glob("ep*"))) == 2
+
+
+def test_a_kill_while_an_old_one_goes(tmp_path, monkeypatch):
+    changes = {"save_folder": str(tmp_path), "save_interval": "1ba", "evaluate": False}
+    make_trainer(**changes, max_duration="2ba")[0].fit()
+    folder = SaveFolder(str(tmp_path))
+    remove = os.unlink
+
+    def dies(path, *args, **kwargs):
+        remove(path, *args, **kwargs)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", dies)
+        with pytest.raises(Killed):
+            folder.remove(folder.names()[0])
+    assert len(folder.names()) == 1
+    folder.recover()
+    assert {path.name for path in tmp_path.iterdir()} == {folder.names()[0], "latest"}
+
+
 def test_what_a_killed_upload_left_is_cleared_away(tmp_path, monkeypatch):
     monkeypatch.setattr(store.tempfile, "tempdir", str(tmp_path))
     left = []

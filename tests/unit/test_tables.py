@@ -149,6 +149,14 @@ def test_empty_parquet_has_no_rows(tmp_path: Path) -> None:
     fails(path, "no rows")
 
 
+def test_parquet_with_text_that_is_no_utf8(tmp_path):
+    buffers = [None, pa.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0])), pa.py_buffer(b"\xff\xfe")]
+    column = pa.Array.from_buffers(pa.string(), 1, buffers)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="not a whole parquet file"):
+        read_table(tmp_path / "a.parquet")
+
+
 def test_missing_file_suggests_the_near_one(tmp_path: Path) -> None:
     write(tmp_path / "train.csv")
     fails(tmp_path / "trian.csv", "does not exist", 'Did you mean "train.csv"?')

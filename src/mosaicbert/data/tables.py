@@ -234,7 +234,7 @@ def _parquet_parts(
         for batch in file.iter_batches(batch_size=batch_rows, columns=wanted):
             if batch.num_rows:
                 yield {name: batch.column(name).to_pylist() for name in wanted}
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # also text that is not UTF-8
         raise DataError(f"{path} is not a whole parquet file: {error}") from error
 
 

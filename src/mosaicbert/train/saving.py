@@ -149,7 +149,13 @@ class Saving:
 
     def close(self) -> str | None:
         """Wait until all is written; the newest checkpoint, on all ranks."""
-        return self.ranks.from_first(self._newest_after_writing)
+        return self.ranks.from_first(self._close)
+
+    def _close(self) -> str | None:
+        newest = self._newest_after_writing()
+        if self._writer is not None:
+            self._writer.remove_old()  # a call that was killed may have left one too many
+        return newest
 
     def _newest_after_writing(self) -> str | None:
         if self._writer is not None:

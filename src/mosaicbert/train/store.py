@@ -135,6 +135,11 @@ class SaveFolder:
 
     def remove(self, name: str) -> None:
         """Remove a checkpoint; one that is half removed does not count as whole."""
+        if self.is_local:  # what a kill leaves of it then is cleared away by `recover`
+            gone = Path(self.root) / f"{PART}gone-{name}"
+            os.rename(Path(self.root) / name, gone)
+            shutil.rmtree(gone)
+            return
         self.fs.rm_file(f"{self.root}/{name}/{STATE_FILE}")
         self.fs.rm(f"{self.root}/{name}", recursive=True)
 
@@ -336,11 +341,7 @@ class CheckpointWriter:
             self.newest = checkpoint.name
             if checkpoint.name == self.kept:
                 self.folder.link(BEST, checkpoint.name)
-            if self.keep > 0:
-                own = [name for name in self.folder.names() if self._is_own(name)]
-                for name in own[: -self.keep]:
-                    if name not in (checkpoint.name, self.kept):
-                        self.folder.remove(name)
+            self.remove_old()
         except MosaicBertError as error:
             self._error = error
         except Exception as error:
@@ -349,6 +350,14 @@ class CheckpointWriter:
                 "rights and connection; with autoresume: true the run goes on from the one before."
             )
             self._error.__cause__ = error
+
+    def remove_old(self) -> None:
+        """Remove this run's checkpoints beyond the newest `keep`."""
+        if self.keep > 0:
+            own = [name for name in self.folder.names() if self._is_own(name)]
+            for name in own[: -self.keep]:
+                if name not in (self.newest, self.kept):
+                    self.folder.remove(name)
 
     def _is_own(self, name: str) -> bool:
         return self.folder.run_of(name) == self.run_id
