@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -13,6 +14,8 @@ from typing import Any
 
 from mosaicbert.executors.tasks import Event, Failure, Work
 from mosaicbert.executors.worker import call, output_to
+
+SECONDS_TO_END = 10.0
 
 
 @dataclass(slots=True)
@@ -33,6 +36,8 @@ class LocalProcesses:
         """`slots`: the environment variables of each process, such as which GPU it sees."""
         self._work = work
         self._slots = [_Slot(environment) for environment in slots]
+        for slot in self._slots:  # all at once: to send a large task is to wait for its process
+            self._pipe(slot)
         self._started: list[Event] = []
         self._last: dict[str, _Slot] = {}  # of each task: where it ran
 
@@ -42,7 +47,7 @@ class LocalProcesses:
         return sum(slot.key is None for slot in self._slots)
 
     def prepare(self, function: Callable[[], object]) -> None:
-        """Start all processes and call `function` in each, such as for slow imports."""
+        """Call `function` in each process, such as for slow imports."""
         for slot in self._slots:
             self._pipe(slot).send(function)
 
@@ -52,7 +57,8 @@ class LocalProcesses:
         slot.key = key
         self._last[key] = slot
         self._started.append(Event(key, "start"))
-        self._pipe(slot).send((payload, log_file))
+        with contextlib.suppress(BrokenPipeError):  # it has just died: `wait` will tell
+            self._pipe(slot).send((payload, log_file))
 
     def wait(self) -> list[Event]:
         """Word from the slots."""
@@ -74,13 +80,12 @@ class LocalProcesses:
         if sum(other.environment == slot.environment for other in self._slots) == 1:
             return False
         self._slots.remove(slot)
-        _stop(slot)
+        _stop([slot])
         return True
 
     def close(self) -> None:
-        """End the processes; a free one by closing its pipe."""
-        for slot in self._slots:
-            _stop(slot)
+        """End the processes with SIGTERM, which a job at work takes to save where it is."""
+        _stop(self._slots)
 
     def _pipe(self, slot: _Slot) -> Connection:
         """To the slot's process, which is started if there is none."""
@@ -122,17 +127,19 @@ def _receive(slot: _Slot) -> tuple[Any, Any]:
         return "failed", Failure(f"its process ended with {why}")
 
 
-def _stop(slot: _Slot) -> None:
-    """End a slot's process: at once if it is in a task, else by closing its pipe."""
-    if slot.process is None:
-        return
-    if slot.key is not None:
-        slot.process.terminate()
-    if slot.pipe is not None:
-        slot.pipe.close()
-    slot.process.join(timeout=10)
-    if slot.process.is_alive():
-        slot.process.kill()
+def _stop(slots: Sequence[_Slot]) -> None:
+    """End the processes of slots; one that does not within ten seconds is killed."""
+    processes = [slot.process for slot in slots if slot.process is not None]
+    for process in processes:
+        process.terminate()
+    end = time.monotonic() + SECONDS_TO_END
+    for process in processes:
+        process.join(timeout=max(0.0, end - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+    for slot in slots:
+        if slot.pipe is not None:
+            slot.pipe.close()
 
 
 def _serve(pipe: Connection, work: Work) -> None:
