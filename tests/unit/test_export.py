@@ -222,6 +222,7 @@ def test_onnx(checkpoint, tmp_path):
     folder, model = checkpoint
     out = export_checkpoint(folder, tmp_path / "out", to="onnx")
     session = onnxruntime.InferenceSession(str(out / "model.onnx"))
+    assert [item.shape for item in session.get_inputs()] == [["batch", "seq"]] * 3
     for batch, seq in ((1, 4), (5, 33)):
         inputs = example_inputs(model, batch, seq)
         names = ("input_ids", "attention_mask", "token_type_ids")

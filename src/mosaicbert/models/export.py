@@ -164,7 +164,7 @@ def write_onnx(model: nn.Module, path: Path) -> None:
 
     padded = PaddedModel(model).eval()
     inputs = example_inputs(model, batch=3, seq=11)
-    axes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    axes = {0: "batch", 1: "seq"}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it misses packages nobody needs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own deprecations
