@@ -69,3 +69,14 @@ def test_the_finder_leaves_once_it_has_served():
     install()
     assert not any(isinstance(finder, _Finder) for finder in sys.meta_path)
     assert torch.is_tensor(torch.zeros(1))
+
+
+@pytest.mark.parametrize("first", ["mosaicbert.models.build", "mosaicbert.pretraining"])
+def test_auto_classes_know_ours_after_a_job_was_imported(first):
+    python(
+        f"import mosaicbert, {first}\n"
+        "from transformers import AutoModelForSequenceClassification as Auto\n"
+        "from mosaicbert.models.configuration import HfBertConfig, MosaicBertConfig\n"
+        "assert MosaicBertConfig in Auto._model_mapping\n"
+        "assert HfBertConfig in Auto._model_mapping\n"
+    )

@@ -22,7 +22,7 @@ from mosaicbert.models.configuration import (
     padded_vocab_size,
 )
 from mosaicbert.models.mosaic_bert import MosaicBertForMaskedLM, MosaicBertPreTrainedModel
-from mosaicbert.models.register import Task, model_class
+from mosaicbert.models.register import Task, install, model_class
 
 logger = logging.getLogger(__name__)
 
@@ -238,3 +238,6 @@ def _compiled(function: Callable[..., Any], model: nn.Module, **options: Any) ->
         return (compiled if model.training else function)(*args, **kwargs)
 
     return call
+
+
+install()  # where this import brought the Auto classes in, they found HF BERT unfinished

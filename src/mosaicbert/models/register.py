@@ -69,16 +69,27 @@ def install() -> None:
 
 
 def _load(path: str) -> Any:
-    """`module.Class` of this package; None while that module is still being imported."""
+    """`module.Class` of this package."""
     module, name = path.split(".")
-    return getattr(importlib.import_module(f"mosaicbert.models.{module}"), name, None)
+    return getattr(importlib.import_module(f"mosaicbert.models.{module}"), name)
+
+
+def _load_if_ready(path: str) -> Any:
+    """The same; None while that module, or what it needs of transformers, is being imported.
+
+    An error here would undo the import of transformers' own module that it happens in.
+    """
+    try:
+        return _load(path)
+    except (ImportError, AttributeError):
+        return None
 
 
 def _register_configs() -> None:
     from transformers.models.auto.configuration_auto import AutoConfig
 
     for model_type, path in _CONFIGS.items():
-        if (config := _load(path)) is not None:
+        if (config := _load_if_ready(path)) is not None:
             AutoConfig.register(model_type, config, exist_ok=True)
 
 
@@ -88,7 +99,7 @@ def _register() -> None:
     _register_configs()
     for model_type, path in _CONFIGS.items():
         for task, model_path in _MODELS[model_type].items():
-            config, model = _load(path), _load(model_path)
+            config, model = _load_if_ready(path), _load_if_ready(model_path)
             if config is not None and model is not None:
                 getattr(modeling_auto, _AUTO[task]).register(config, model, exist_ok=True)
 
