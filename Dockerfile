@@ -4,9 +4,9 @@
 #     mosaicbert pretrain yamls/test/main.yaml
 FROM python:3.12-slim
 
-# torch.compile and Triton build small C modules when a run starts; git names the commit of a run.
+# torch.compile and Triton build small C modules when a run starts.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc g++ git \
+    && apt-get install -y --no-install-recommends gcc g++ \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 1000 --create-home mosaicbert \
     && install -d -o mosaicbert /workspace
