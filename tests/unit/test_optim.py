@@ -17,7 +17,7 @@ def run(optimizer, params, schedule, seed=0):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         for p in params:
-            p.grad = torch.randn(p.shape, generator=generator)
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
         optimizer.step()
 
 
@@ -34,6 +34,26 @@ def test_decoupled_adamw_is_adamw_with_the_decay_over_the_peak_rate():
     run(theirs, list(twin.parameters()), schedule)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("name", ["adamw", "decoupled_adamw"])
+def test_adamw_follows_the_formula(name):
+    """Loshchilov and Hutter, 2019, algorithm 2; the decay scaled by lr, or by lr / peak."""
+    model = nn.Linear(5, 4, bias=False).double()
+    config = OptimizerConfig(name=name, lr=1e-2, weight_decay=0.3)
+    factors = [0.1, 1.0, 0.5, 0.2]
+    p, optimizer = model.weight.detach().clone(), build_optimizer(model, config)
+    run(optimizer, [model.weight], factors)
+    generator = torch.Generator().manual_seed(0)
+    mean = square = torch.zeros_like(p)
+    for step, factor in enumerate(factors, start=1):
+        g = torch.randn(p.shape, generator=generator).double()
+        mean = config.betas[0] * mean + (1 - config.betas[0]) * g
+        square = config.betas[1] * square + (1 - config.betas[1]) * g * g
+        m_hat, v_hat = mean / (1 - config.betas[0] ** step), square / (1 - config.betas[1] ** step)
+        decay = factor * config.weight_decay * (config.lr if name == "adamw" else 1.0)
+        p = (1 - decay) * p - config.lr * factor * m_hat / (v_hat.sqrt() + config.eps)
+    torch.testing.assert_close(model.weight.detach(), p)
 
 
 def test_decay_alone_scales_with_the_rate():
