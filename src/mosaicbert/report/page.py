@@ -37,7 +37,7 @@ th { font-weight: 600; } tbody th { font-weight: 400; color: var(--dim); }
 td { overflow-wrap: anywhere; min-width: 6rem; }
 ul.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; }
 ul.legend li { overflow-wrap: anywhere; }
-ul.legend i { display: inline-block; width: .8rem; height: .8rem; border-radius: 50%;
+ul.legend i, th i { display: inline-block; width: .8rem; height: .8rem; border-radius: 50%;
   margin-right: .4rem; vertical-align: -1px; print-color-adjust: exact; }
 pre { overflow-x: auto; font-size: .8rem; background: var(--card); padding: .8rem;
   border: 1px solid var(--rule); border-radius: .5rem; white-space: pre-wrap;
@@ -75,7 +75,9 @@ def build_page(runs: Sequence[Run], title: str | None = None) -> str:
             "(seeds). In brackets: not part of the mean.</p>"
         )
         parts.append(_charts([chart for chart in charts if chart.categories]))
-        parts.append(_rows_table(facts.glue_rows(runs), runs))
+        with_glue = [index for index, run in enumerate(runs) if run.glue]
+        rows = facts.glue_rows([runs[index] for index in with_glue])
+        parts.append(_rows_table(rows, runs, with_glue))
     if len(runs) > 1 and (rows := facts.differences(runs)):
         parts += ["<h2>Where the configurations differ</h2>", _rows_table(rows, runs)]
     parts.append("<h2>Configuration and environment</h2>")
@@ -123,12 +125,15 @@ def _table(columns: Sequence[dict[str, str]], runs: Sequence[Run]) -> str:
     return _rows_table(facts.table(columns), runs)
 
 
-def _rows_table(rows: Sequence[tuple[str, list[str]]], runs: Sequence[Run]) -> str:
+def _rows_table(
+    rows: Sequence[tuple[str, list[str]]], runs: Sequence[Run], columns: Sequence[int] | None = None
+) -> str:
+    """A row for each name; `columns`: the numbers of the runs whose cells these are."""
     head = ""
     if len(runs) > 1:
         cells = "".join(
-            f'<th><i class="c{i % NUM_COLORS}"></i>{escape(run.name)}</th>'
-            for i, run in enumerate(runs)
+            f'<th><i class="c{i % NUM_COLORS}"></i>{escape(runs[i].name)}</th>'
+            for i in (range(len(runs)) if columns is None else columns)
         )
         head = f"<thead><tr><td></td>{cells}</tr></thead>"
     body = "".join(
