@@ -113,6 +113,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         load_config(PretrainConfig, bad)
 
 
+@pytest.mark.parametrize("word", ["run_name=\udcff", "run_name=${a\udcff}", "seed=\udcff"])
+def test_bytes_on_the_command_line_that_are_no_utf8(word):
+    with pytest.raises(ConfigError):
+        load_config(PretrainConfig, TEST_YAML, [word])
+
+
 def test_all_mistakes_are_listed_at_once():
     with pytest.raises(ConfigError) as caught:
         load_config(PretrainConfig, TEST_YAML, ["seeed=1", "optimizer.lrr=2"])
@@ -164,3 +170,16 @@ def test_progress_counts_epochs_in_parts():
     progress = Progress(epoch=1, batch=30, batch_in_epoch=10, sample=480)
     assert progress.fraction_of(Duration(2, "ep"), batches_per_epoch=20) == 0.75
     assert progress.fraction_of(Duration(960, "sp")) == 0.5
+
+
+def test_keys_of_a_section_are_listed_once():
+    words = ["qqqq=1", "zzzz=2"]
+    with pytest.raises(ConfigError) as error:
+        load_config(PretrainConfig, {"max_duration": "1ba"}, words)
+    assert str(error.value).count("Allowed here") == 1
+    assert "zzzz: unknown key." in str(error.value)
+
+
+def test_a_yaml_of_glue_is_told_from_others():
+    with pytest.raises(ConfigError, match="a YAML of `mosaicbert glue`"):
+        load_config(PretrainConfig, {"tasks": {"rte": {}}, "data_dir": "x"})

@@ -58,6 +58,11 @@ def check(schema: type[Schema], values: Mapping[str, Any], where: str = "configu
     try:
         return schema.model_validate(values)
     except ValidationError as error:
+        if "tasks" in values and "tasks" not in schema.model_fields:
+            raise ConfigError(
+                f"{where}: it has `tasks`, so it is a YAML of `mosaicbert glue`; this command "
+                "takes one of another job."
+            ) from None
         raise ConfigError("\n".join([f"{where}:", *_faults(schema, error, values)])) from None
 
 
@@ -95,7 +100,7 @@ def _dot_list(overrides: Sequence[str]) -> DictConfig:
             )
     try:
         return OmegaConf.from_dotlist(list(overrides))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:  # or not UTF-8
         raise ConfigError(
             f"An override cannot be read: {str(error).splitlines()[0]} (in: {' '.join(overrides)})"
         ) from None
@@ -122,6 +127,7 @@ def _faults(schema: type[BaseModel], error: ValidationError, values: Any) -> lis
     """One line for each key that is wrong: path, what is wrong, what is allowed."""
     found: dict[str, list[str]] = {}
     shown: dict[str, Any] = {}
+    listed: set[type[BaseModel]] = set()  # sections whose keys were listed: once is enough
     for details in error.errors():
         path = _path(details["loc"], values)
         name = ".".join(map(str, path))
@@ -131,7 +137,8 @@ def _faults(schema: type[BaseModel], error: ValidationError, values: Any) -> lis
                 section = _section(section, str(part)) or section
             allowed = [field.alias or key for key, field in section.model_fields.items()]
             near = did_you_mean(str(path[-1]), allowed)
-            known = near or f" Allowed here: {', '.join(allowed)}."
+            known = near or f" Allowed here: {', '.join(allowed)}." * (section not in listed)
+            listed |= set() if near else {section}
             found[name] = [f"unknown key.{known}"]
         elif details["type"] == "missing" and not isinstance(details["loc"][-1], int):
             found[name] = ["this key is needed and has no value."]
