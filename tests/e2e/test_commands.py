@@ -98,6 +98,7 @@ def test_glue_runs_its_jobs_once(home):
     first = command(*words, cwd=home)
     assert "mean of 2 of 8 tasks" in first.stdout
     content = json.loads((home / "runs/g/glue.json").read_text())
+    assert "GLUE: mean of each task" in (home / "runs/g/report.html").read_text()
     assert content["num_tasks"] == 2
     assert (home / "local-finetune-checkpoints/g/task=mnli/seed=19/latest").exists()
     assert not (home / "local-finetune-checkpoints/g/task=rte").exists()
