@@ -17,7 +17,7 @@ import torch
 from mosaicbert.config import GlueConfig, load_config
 from mosaicbert.duration import Duration
 from mosaicbert.glue_suite.data import load_task
-from mosaicbert.glue_suite.jobs import GlueJob, plan_jobs
+from mosaicbert.glue_suite.planning import GlueJob, plan_jobs
 from mosaicbert.glue_suite.results import JobResult
 from mosaicbert.glue_suite.tasks import pick
 

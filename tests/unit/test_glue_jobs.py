@@ -8,8 +8,9 @@ import pytest
 from mosaicbert.config import GlueConfig, check, load_config
 from mosaicbert.errors import ConfigError
 from mosaicbert.glue_suite import jobs as glue_jobs
-from mosaicbert.glue_suite.jobs import finished_result, longest_first, plan_jobs
+from mosaicbert.glue_suite.jobs import finished_result
 from mosaicbert.glue_suite.live import LiveTable
+from mosaicbert.glue_suite.planning import longest_first, plan_jobs
 from mosaicbert.glue_suite.results import JobResult
 from mosaicbert.glue_suite.workers import jobs_that_fit, slots
 
@@ -107,6 +108,51 @@ def test_a_finished_job_is_known_again_only_if_it_is_the_same(tmp_path):
     (job.folder / "result.json").write_text("{")
     with pytest.raises(ConfigError, match=r"result\.json is damaged"):
         finished_result(job)
+
+
+def test_a_job_is_another_one_if_what_it_starts_from_is(tmp_path):
+    def digests(**mnli):
+        found = plan_jobs(make(tmp_path, {"mnli": mnli, "rte": {"seeds": [1]}, "cola": {}}))
+        return {job.name: job.digest for job in found}
+
+    before, after = digests(), digests(lr=1e-5)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"mnli-19", "rte-1"}
+
+    def digest():
+        (job,) = plan_jobs(
+            make(tmp_path, {"mnli": {}}, starting_checkpoint_load_path=str(tmp_path / "ck"))
+        )
+        return job.digest
+
+    (tmp_path / "ck").mkdir()
+    (tmp_path / "ck/latest").write_text("ep0-ba10")
+    first = digest()
+    assert digest() == first
+    (tmp_path / "ck/latest").write_text("ep0-ba20")
+    assert digest() != first
+
+
+def test_checkpoints_of_other_settings_are_not_gone_on_from(tmp_path):
+    def job_of(keep, lr):
+        kwargs = {"save_num_checkpoints_to_keep": keep}
+        tasks = {"cola": {"seeds": [1], "lr": lr, "trainer_kwargs": kwargs}}
+        return plan_jobs(make(tmp_path, tasks))[0]
+
+    job = job_of(keep=0, lr=1e-5)
+    glue_jobs._claim_folder(job)
+    latest = Path(job.config.save_folder) / "latest"
+    latest.parent.mkdir()
+    latest.touch()
+    glue_jobs._claim_folder(job)
+    assert latest.exists()
+    glue_jobs._claim_folder(job_of(keep=0, lr=2e-5))
+    assert not latest.exists()
+    latest.parent.mkdir()
+    latest.touch()
+    with pytest.raises(ConfigError, match="of a job with other settings"):
+        glue_jobs._claim_folder(job_of(keep=1, lr=3e-5))
+    assert latest.exists()
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):

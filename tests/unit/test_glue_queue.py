@@ -49,11 +49,9 @@ def crowd(folder, name):
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
-    names = ["slow", "raise", "bug", "die", "after", "last"]
-    jobs = [
-        Job(name, name, logs / f"{name}.log", after="slow" if name == "after" else None)
-        for name in names
-    ]
+    names = ["slow", "raise", "bug", "die", "after", "lost", "last"]
+    waits = {"after": "slow", "lost": "raise"}
+    jobs = [Job(name, name, logs / f"{name}.log", after=waits.get(name)) for name in names]
     events = []
     with closing(LocalProcesses(work, [{"SLOT": "a"}, {"SLOT": "b"}])) as workers:
         found = run_jobs(jobs, workers, lambda kind, job, _: events.append((kind, job)))
@@ -68,6 +66,7 @@ def test_every_job_ends_once_and_failures_say_why(outcomes):
     assert found["raise"].error == "the data are bad"
     assert "ZeroDivisionError: oops" in found["bug"].error
     assert "code 9" in found["die"].error
+    assert found["lost"].error == "not run: raise, from whose checkpoint it starts, failed"
     ended = [job.name for kind, job in events if kind in ("done", "failed")]
     assert sorted(ended) == sorted(found)
 
@@ -75,6 +74,7 @@ def test_every_job_ends_once_and_failures_say_why(outcomes):
 def test_a_job_waits_for_the_one_before_it(outcomes):
     _, events, _ = outcomes
     order = [(kind, job.name) for kind, job in events]
+    assert ("start", "lost") not in order
     assert order.index(("done", "slow")) < order.index(("start", "after"))
 
 

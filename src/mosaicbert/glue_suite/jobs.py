@@ -6,7 +6,6 @@ it as finished, so the same command again runs only what is left, and resumes wh
 
 import argparse
 import gc
-import hashlib
 import json
 import logging
 import os
@@ -15,156 +14,19 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mosaicbert.config import ClassifyConfig, GlueConfig, GlueTaskConfig, check, load_config
+from mosaicbert.config import GlueConfig, load_config
 from mosaicbert.duration import Duration, Progress
 from mosaicbert.errors import ConfigError, TrainingError
 from mosaicbert.executors import ENGINES
+from mosaicbert.glue_suite.planning import GlueJob, longest_first, plan_jobs, run_folder
 from mosaicbert.glue_suite.queue import Job, Outcome, run_jobs
 from mosaicbert.glue_suite.results import JobResult, Results
-from mosaicbert.glue_suite.tasks import GlueTask, pick, pick_all
+from mosaicbert.glue_suite.tasks import pick
 
 log = logging.getLogger(__name__)
-
-SAVE_INTERVAL = "2m"
-"""What a killed job loses at most, unless the YAML says otherwise."""
-
-
-@dataclass(frozen=True, slots=True)
-class GlueJob:
-    """One task with one seed: everything a child process needs to run it."""
-
-    task: str
-    seed: int
-    config: ClassifyConfig
-    data_dir: str | None
-    folder: Path
-    keep_checkpoint: bool
-    after: str | None = None
-    """The MNLI job whose checkpoint it starts from."""
-
-    @property
-    def name(self) -> str:
-        """Task and seed, as shown."""
-        return f"{self.task}-{self.seed}"
-
-    @property
-    def digest(self) -> str:
-        """Tells whether a finished job was this very one."""
-        text = self.config.model_dump_json() + str(self.data_dir)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-# --- planning ------------------------------------------------------------------------------------
-
-
-def plan_jobs(config: GlueConfig) -> list[GlueJob]:
-    """The jobs of a YAML, MNLI first, with the checkpoint each starts from.
-
-    Raises:
-        ConfigError: a task's name or one of its keys is wrong.
-    """
-    jobs: list[GlueJob] = []
-    for task in pick_all(config.tasks):
-        settings = config.tasks[task.name]
-        for index, seed in enumerate(settings.seeds or _default_seeds(config, task)):
-            start = None
-            if task.starts_from_mnli:
-                mnli = [job for job in jobs if job.task == "mnli"]
-                start = mnli[index % len(mnli)] if mnli else None
-            jobs.append(_plan_job(config, task, settings, seed, start))
-    if not any(job.task == "mnli" for job in jobs):
-        names = [name for name in config.tasks if pick(name).starts_from_mnli]
-        if names:
-            log.warning(
-                "MNLI is not in this run: %s start from the pre-trained checkpoint, not MNLI's.",
-                ", ".join(names),
-            )
-    return jobs
-
-
-def _default_seeds(config: GlueConfig, task: GlueTask) -> Sequence[int]:
-    return (config.default_seed, *task.seeds[1:])
-
-
-def _plan_job(
-    config: GlueConfig,
-    task: GlueTask,
-    settings: GlueTaskConfig,
-    seed: int,
-    start: GlueJob | None,
-) -> GlueJob:
-    folder = run_folder(config) / "jobs" / f"{task.name}-{seed}"
-    max_seq_len = settings.max_seq_len or config.max_seq_len
-    name = config.model.name
-    starts_others = task.name == "mnli" and any(pick(t).starts_from_mnli for t in config.tasks)
-    values: dict[str, Any] = {
-        "run_name": f"{config.base_run_name}-{task.name}-{seed}",
-        "seed": seed,
-        "device": config.device,
-        "precision": config.precision,
-        # HF BERT would be compiled for batches padded to max_seq_len: slower than short ones
-        "compile": False if config.compile is None and name == "hf_bert" else config.compile,
-        "tokenizer_name": config.tokenizer_name,
-        "max_seq_len": max_seq_len,
-        "model": config.model.model_dump(by_alias=True) | {"num_labels": task.num_labels},
-        "max_duration": f"{task.epochs}ep",
-        "eval_interval": task.eval_interval,
-        "global_train_batch_size": settings.batch_size or task.batch_size,
-        "optimizer": {
-            "name": "decoupled_adamw",
-            "lr": settings.lr or task.lr,
-            "betas": [0.9, 0.98],
-            "eps": 1e-6,
-            "weight_decay": task.weight_decay
-            if settings.weight_decay is None
-            else settings.weight_decay,
-        },
-        "scheduler": config.scheduler.model_dump(),
-        "algorithms": config.algorithms,
-        "callbacks": config.callbacks.model_dump(),
-        "loggers": config.loggers,
-        "progress_bar": False,
-        "console_log_interval": "50ba",
-        "run_folder": str(folder),
-        "save_folder": _save_folder(config, task, seed, folder),
-        "save_interval": SAVE_INTERVAL,
-        "save_num_checkpoints_to_keep": 1,
-        "autoresume": True,
-        "load_path": start.config.save_folder if start else config.starting_checkpoint_load_path,
-        "train_loader": {"split": "train", "shuffle": True},
-        "eval_loader": {"split": "validation"},
-    }
-    wished = dict(settings.trainer_kwargs)
-    for section in ("train_loader", "eval_loader", "optimizer", "scheduler"):
-        if isinstance(wished.get(section), dict):  # some keys of it; the others stay
-            wished[section] = values[section] | wished[section]
-    keep = wished.get("save_num_checkpoints_to_keep", 0) != 0
-    if not keep:
-        wished.pop("save_num_checkpoints_to_keep", None)
-    values |= {"save_at_end": keep or starts_others} | wished
-    where = f"tasks.{task.name}.trainer_kwargs"
-    job_config = check(ClassifyConfig, {k: v for k, v in values.items() if v is not None}, where)
-    return GlueJob(
-        task.name, seed, job_config, config.data_dir, folder, keep, start.name if start else None
-    )
-
-
-def _save_folder(config: GlueConfig, task: GlueTask, seed: int, folder: Path) -> str:
-    """Where a job's checkpoints go: as configured, else into its own folder."""
-    parts = [config.save_finetune_checkpoint_folder or config.save_finetune_checkpoint_prefix]
-    if parts[0] is None:
-        return str(folder / "checkpoints")
-    return "/".join([parts[0].rstrip("/"), f"task={task.name}", f"seed={seed}"])
-
-
-def run_folder(config: GlueConfig) -> Path:
-    """The folder of the whole run."""
-    return Path(config.run_folder.replace("{run_name}", config.base_run_name))
-
 
 # --- running -------------------------------------------------------------------------------------
 
@@ -178,6 +40,7 @@ def run_job(job: GlueJob, report: Callable[[Any], None]) -> JobResult:
     from mosaicbert.glue_suite.data import load_task
 
     task = pick(job.task)
+    _claim_folder(job)
     ranks = run.start(job.config)
     try:
         result = finetune(
@@ -225,6 +88,28 @@ class _Reporter:
 
     def close(self) -> None:
         """Nothing is held back."""
+
+
+def _claim_folder(job: GlueJob) -> None:
+    """See to it that the job goes on from checkpoints of its own only.
+
+    Those of a job with other settings are removed, unless they were to be kept.
+
+    Raises:
+        ConfigError: there are such that were to be kept.
+    """
+    note, folder = job.folder / "digest.txt", Path(job.config.save_folder or "")
+    is_same = note.is_file() and note.read_text().strip() == job.digest
+    if not is_same and (folder / "latest").is_file():  # a store's folder is not looked into
+        if job.keep_checkpoint:
+            raise ConfigError(
+                f"{folder} holds the checkpoint of a job with other settings. Remove it, or give "
+                "this run another base_run_name."
+            )
+        log.info("The settings are others than before: %s is removed.", folder)
+        shutil.rmtree(folder)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(job.digest + "\n")
 
 
 def _result_file(job: GlueJob) -> Path:
@@ -279,6 +164,7 @@ def _glue(
     from mosaicbert.report import report_at_end
 
     jobs = plan_jobs(config)
+    _check_start(config.starting_checkpoint_load_path)
     done = {job.name: result for job in jobs if (result := finished_result(job)) is not None}
     if done:
         log.info("%d of %d jobs were finished before and are not run again.", len(done), len(jobs))
@@ -298,6 +184,15 @@ def _glue(
     return results, [outcome for outcome in outcomes if outcome.error is not None]
 
 
+def _check_start(path: str | None) -> None:
+    """Raise CheckpointError where the checkpoint to start from is not there."""
+    from mosaicbert.models.weights import local_copy
+
+    if path is not None and "://" not in path:
+        with local_copy(path):
+            pass
+
+
 def check_data(jobs: Sequence[GlueJob]) -> dict[str, int]:
     """Read all that the jobs will read; the training examples of each task."""
     from mosaicbert.glue_suite.data import load_task
@@ -308,23 +203,6 @@ def check_data(jobs: Sequence[GlueJob]) -> dict[str, int]:
         for split in pick(name).validation_splits:
             load_task(pick(name), data_dir, split)
     return rows
-
-
-def longest_first(jobs: Sequence[GlueJob], rows: Mapping[str, int]) -> list[GlueJob]:
-    """The order in which to start: what others wait for, then by samples to train on.
-
-    So the last to end are short ones, and no worker is idle for long before the end. `rows`: the
-    training examples of each task.
-    """
-    awaited = {job.after for job in jobs}
-
-    def samples(job: GlueJob) -> float:
-        total = Duration.parse(job.config.max_duration)
-        if total.unit == "ep":
-            return total.value * rows[job.task]
-        return total.value * (job.config.global_train_batch_size if total.unit == "ba" else 1)
-
-    return sorted(jobs, key=lambda job: (job.name not in awaited, -samples(job)))
 
 
 def _drop_checkpoints(jobs: Sequence[GlueJob], done: Mapping[str, Any]) -> None:

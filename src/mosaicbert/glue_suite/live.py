@@ -32,6 +32,7 @@ class LiveTable:
             for job in jobs
         }
         self._started: dict[str, float] = {}
+        self._first: dict[str, tuple[float, float]] = {}  # word of progress: when, and how far
         self._console = Console(file=sys.stderr)
         self._live = (
             Live(console=self._console, get_renderable=self._table, refresh_per_second=2)
@@ -53,7 +54,8 @@ class LiveTable:
         row = self._rows[job.name]
         if kind == "start":
             self._started[job.name] = time.monotonic()
-            row["state"] = "0 %"
+            self._first.pop(job.name, None)
+            row["state"] = "0%"
         elif kind == "progress":
             row |= self._progress(job.name, detail)
         elif kind == "done":
@@ -69,10 +71,12 @@ class LiveTable:
 
     def _progress(self, name: str, detail: dict[str, Any]) -> dict[str, str]:
         done = min(max(float(detail["done"]), 0.0), 1.0)
-        spent = time.monotonic() - self._started[name]
+        now = time.monotonic()
+        since, done_then = self._first.setdefault(name, (now, done))  # start-up tells nothing
         found = {"state": f"{done:.0%}"}
-        if done > 0:
-            found["left"] = f"{_clock(spent * (1 - done) / done)} left"
+        if done > done_then:
+            left = (now - since) * (1 - done) / (done - done_then)
+            found["left"] = f"{_clock(left)} left"
         if detail["metrics"]:
             found["metric"] = _metric(detail["metrics"])
         return found

@@ -1,7 +1,7 @@
 """A queue of jobs over an executor's workers.
 
 A job that raises, or whose process dies, is reported at the end; the others go on. A job may wait
-for another one: it starts when that has ended, however it ended. A job that ran out of a GPU's
+for another one: it starts when that is done, and fails with it. A job that ran out of a GPU's
 memory beside others goes back to the queue, and from then on that GPU has one job fewer at a time.
 """
 
@@ -53,6 +53,11 @@ def run_jobs(
             job = by_name[event.key]
             kind, detail = _take_in(event, job, waiting, outcomes, executor)
             on_event(kind, job, detail)
+        for job in [job for job in waiting if _is_lost(job, outcomes)]:
+            waiting.remove(job)
+            error = f"not run: {job.after}, from whose checkpoint it starts, failed"
+            outcomes[job.name] = Outcome(job, error=error)
+            on_event("failed", job, error)
     return [outcomes[job.name] for job in jobs]
 
 
@@ -88,3 +93,9 @@ def _next_ready(
         if job.after is None or job.after not in names or job.after in outcomes:
             return job
     return None
+
+
+def _is_lost(job: Job, outcomes: Mapping[str, Outcome]) -> bool:
+    """Whether what it waits for has failed."""
+    before = outcomes.get(job.after) if job.after is not None else None
+    return before is not None and before.error is not None

@@ -7,7 +7,8 @@ from typing import Any
 
 from mosaicbert.config import ClassifyConfig, GlueConfig
 from mosaicbert.executors import Executor, LocalProcesses, RayTasks
-from mosaicbert.glue_suite.jobs import GlueJob, run_job
+from mosaicbert.glue_suite.jobs import run_job
+from mosaicbert.glue_suite.planning import GlueJob
 
 log = logging.getLogger(__name__)
 
