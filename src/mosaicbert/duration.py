@@ -1,5 +1,6 @@
 """Time strings of the YAMLs: `10ba`, `286720000sp`, `0.06dur`, `1h30m`."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -16,6 +17,12 @@ UNITS = {
 }
 _CLOCK = re.compile(r"(?=\d)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 _NUMBER = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(?:e(\d+))?\s*([a-z]+)")
+
+
+def _finite(value: float, text: object, key: str) -> float:
+    if not math.isfinite(value):
+        raise ConfigError(f"{key}: {text!r:.60} is longer than anything.")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +46,16 @@ class Duration:
         word = str(text).strip().lower().replace("_", "")
         clock = _CLOCK.fullmatch(word)
         if clock:
-            days, hours, minutes, seconds = (int(part or 0) for part in clock.groups())
-            return cls(float(((days * 24 + hours) * 60 + minutes) * 60 + seconds), "sec")
+            days, hours, minutes, seconds = (float(part or 0) for part in clock.groups())
+            value = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+            return cls(_finite(value, text, key), "sec")
         number = _NUMBER.fullmatch(word)
         if number is None or number[3] not in UNITS:
             raise ConfigError(
                 f"{key}: {text!r} is no time string. Write a number and a unit, such as 10ba, 3ep, "
                 f"286720000sp, 1000000tok, 0.06dur, 600sec or 1h30m (units: {', '.join(UNITS)})."
             )
-        value, unit = float(number[1]) * 10 ** int(number[2] or 0), number[3]
+        value, unit = _finite(float(f"{number[1]}e{number[2] or 0}"), text, key), number[3]
         unit = "ba" if unit == "iter" else unit
         if unit not in ("dur", "sec") and value != int(value):
             raise ConfigError(f"{key}: {text!r} must be a whole number of {UNITS[unit]}.")

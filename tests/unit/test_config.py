@@ -119,6 +119,12 @@ def test_bytes_on_the_command_line_that_are_no_utf8(word):
         load_config(PretrainConfig, TEST_YAML, [word])
 
 
+@pytest.mark.parametrize("word", ["1e286720000sp", "9" * 400 + "ba", "9" * 400 + "s", "1e999dur"])
+def test_times_beyond_all_numbers(word):
+    with pytest.raises(ConfigError, match="longer than anything"):
+        Duration.parse(word)
+
+
 def test_all_mistakes_are_listed_at_once():
     with pytest.raises(ConfigError) as caught:
         load_config(PretrainConfig, TEST_YAML, ["seeed=1", "optimizer.lrr=2"])
