@@ -398,8 +398,10 @@ def test_a_changed_source_is_converted_anew(
     with pytest.raises(DataError, match=r"c4-train.00003-of-00005.json.gz, line 2: not JSON"):
         run(*words, "--out_root", tmp_path / "o")
     bad.write_bytes(good)
+    done = source / "en/c4-train.00000-of-00005.json.gz"
+    done.write_bytes(gzip.compress(json_lines(["another"])))
     run(*words, "--out_root", tmp_path / "o")
-    assert texts(tmp_path / "o/train") == DOCUMENTS
+    assert texts(tmp_path / "o/train") == ["another", *DOCUMENTS[40:]]
 
 
 def test_a_complete_set_that_lost_a_shard_is_told(tmp_path: Path) -> None:
