@@ -83,6 +83,7 @@ def compare(runs: list[dict[str, Any]], a: str, b: str) -> str:
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Loss against seconds and against tokens; a colour a recipe, a line a run."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     by_seconds, by_tokens = figure.subplots(1, 2, sharey=True)
@@ -98,6 +99,9 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     by_tokens.set(xlabel="million tokens")
     for axes in (by_seconds, by_tokens):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
     handles, labels = by_seconds.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
