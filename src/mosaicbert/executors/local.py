@@ -40,6 +40,7 @@ class LocalProcesses:
             self._pipe(slot)
         self._started: list[Event] = []
         self._last: dict[str, _Slot] = {}  # of each task: where it ran
+        self._beside: set[str] = set()  # tasks that had others beside them, in an equal environment
 
     @property
     def num_free(self) -> int:
@@ -54,6 +55,10 @@ class LocalProcesses:
     def submit(self, key: str, payload: Any, log_file: Path | None = None) -> None:
         """Hand a task to a free slot."""
         slot = next(slot for slot in self._slots if slot.key is None)
+        self._beside.discard(key)
+        others = {o.key for o in self._slots if o.key and o.environment == slot.environment}
+        if others:
+            self._beside |= others | {key}
         slot.key = key
         self._last[key] = slot
         self._started.append(Event(key, "start"))
@@ -75,12 +80,16 @@ class LocalProcesses:
         return events
 
     def retire(self, key: str) -> bool:
-        """Close the slot of an ended task, unless no other one has the same environment."""
-        slot = self._last[key]
-        if sum(other.environment == slot.environment for other in self._slots) == 1:
+        """Close the slot of an ended task that had others beside it in an equal environment.
+
+        The last slot of an environment stays.
+        """
+        if key not in self._beside:
             return False
-        self._slots.remove(slot)
-        _stop([slot])
+        slot = self._last[key]
+        if sum(other.environment == slot.environment for other in self._slots) > 1:
+            self._slots.remove(slot)
+            _stop([slot])
         return True
 
     def close(self) -> None:

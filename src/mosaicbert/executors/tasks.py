@@ -49,7 +49,7 @@ class Executor(Protocol):
         ...
 
     def retire(self, key: str) -> bool:
-        """Do one task fewer at a time where the ended task `key` ran; False: it ran alone."""
+        """Where the ended task `key` ran beside others: do one fewer there. False: it ran alone."""
         ...
 
     def close(self) -> None:

@@ -259,7 +259,7 @@ def main(args: argparse.Namespace) -> int:
     results, failed = _glue(config, args.engine, args.published)
     if args.json:
         print(json.dumps(results.to_dict(args.published), indent=1, allow_nan=False))
-    else:
+    elif results.jobs:
         print(results.table(published=args.published))
         print(f"Written: {run_folder(config)}/glue.json, glue.csv, glue.png and report.html")
     if failed:
