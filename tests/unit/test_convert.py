@@ -337,6 +337,29 @@ def test_shares_made_apart_are_merged_from_one_folder(tmp_path: Path) -> None:
     assert texts(tmp_path / "all/train") == DOCUMENTS
 
 
+def test_shares_that_do_not_fit_together_are_not_merged(tmp_path: Path) -> None:
+    words = ["--dataset", write_c4(tmp_path / "c4"), "--size_limit", 1500, "--splits", "train"]
+    for i in range(2):
+        run(*words, "--out_root", tmp_path / "o", "--shard", f"{i}/2")
+    record = tmp_path / "o/train/parts/00001.json"
+    good = record.read_text()
+    changed = json.loads(good)
+    changed["key"][0] += 1
+    record.write_text(json.dumps(changed))
+    with pytest.raises(DataError, match="cut from different sources"):
+        run("--merge", "--out_root", tmp_path / "o")
+    record.write_text(good)
+    shard = tmp_path / "o/train/shard.00001.00000.mds"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(DataError, match=r"shard\.00001\.00000\.mds is missing or cut short"):
+        run("--merge", "--out_root", tmp_path / "o")
+    assert not (tmp_path / "o/train/index.json").exists()
+    shard.write_bytes(content)
+    run("--merge", "--out_root", tmp_path / "o")
+    assert texts(tmp_path / "o/train") == DOCUMENTS
+
+
 # --- going on ------------------------------------------------------------------------------------
 
 
