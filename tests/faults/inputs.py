@@ -278,7 +278,7 @@ def _resume(folder: Path) -> tuple[list[bytes], Reader]:
     good = {name: (made / name).read_bytes() for name in names}
 
     def read(data: bytes) -> None:
-        number, data = data[0] % len(names), data[1:]
+        number, data = (data or b"x")[0] % len(names), data[1:]
         for name in names:
             (made / name).write_bytes(data if name == names[number] else good[name])
         again = saving()
@@ -319,7 +319,7 @@ def _weights(folder: Path) -> tuple[list[bytes], Reader]:
         good[name] = buffer.getvalue()
 
     def read(data: bytes) -> None:
-        name, data = names[data[0] % len(names)], data[1:]
+        name, data = names[(data or b"x")[0] % len(names)], data[1:]
         for path in folder.iterdir():
             path.unlink()
         (folder / name).write_bytes(data)
@@ -343,7 +343,7 @@ def _tokenizer(folder: Path) -> tuple[list[bytes], Reader]:
     good = {name: (made / name).read_bytes() for name in names}
 
     def read(data: bytes) -> None:
-        name, data = names[data[0] % 2], data[1:]
+        name, data = names[(data or b"x")[0] % 2], data[1:]
         for other in names:
             (made / other).write_bytes(data if other == name else good[other])
         encode_truncated(load_tokenizer(str(made)), ["the cats"], 8)

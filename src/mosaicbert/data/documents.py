@@ -169,6 +169,8 @@ def _json_array(
         records = json.loads("\n".join(texts))
     except json.JSONDecodeError as error:
         raise _RecordError(number + error.lineno - 1, f"not JSON ({error.msg}).") from None
+    except RecursionError:
+        raise _RecordError(number, "not JSON that can be read: it is nested too deep.") from None
     for at, record in enumerate(records):
         try:
             yield _text_of(number, record, column, has_escapes=True)

@@ -135,7 +135,10 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[li
     backend.no_truncation()  # the last call of the tokenizer itself may have left one behind
     backend.no_padding()
     encode: Any = getattr(backend, "encode_batch_fast", backend.encode_batch)
-    return [encoding.ids for encoding in encode(list(texts), add_special_tokens=False)]
+    try:
+        return [encoding.ids for encoding in encode(list(texts), add_special_tokens=False)]
+    except Exception as error:  # the tokenizers library raises no other kind
+        raise DataError(f"{tokenizer.name_or_path} cannot tokenise: {error}.") from error
 
 
 def _start_of(text: str, characters: int | None) -> str:

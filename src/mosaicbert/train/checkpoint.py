@@ -142,7 +142,7 @@ def load_optimizer(
     params = {name: p for name, p in model.named_parameters() if id(p) in group_of}
     found: dict[str, dict[str, Tensor]] = {}
     for full_name, tensor in moments.items():
-        name, key = full_name.rsplit("/", 1)
+        name, _, key = full_name.rpartition("/")
         found.setdefault(name, {})[key] = tensor
     missing, unknown = params.keys() - found.keys(), found.keys() - params.keys()
     if found and (missing or unknown):
@@ -151,6 +151,14 @@ def load_optimizer(
             f"{_listed('Missing', sorted(missing))}{_listed('Unknown', sorted(unknown))} "
             "Set load_weights_only: true to start with a fresh optimizer."
         )
+    damaged = [name for name, v in found.items() if "exp_avg" in v and "step" not in v]
+    damaged += [
+        n
+        for n, v in found.items()
+        if any(t.dim() and t.shape != params[n].shape for t in v.values())
+    ]
+    if damaged:
+        raise CheckpointError(f"{where} is damaged.{_listed('Optimizer state of', damaged)}")
     optimizer.state.clear()
     for name, values in found.items():
         p = params[name]
