@@ -229,7 +229,7 @@ def _unpickle(path: Path) -> Any:
         return _restricted_load(path, mmap=False)  # torch's format before 1.6, or no pickle at all
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    except (RuntimeError, pickle.UnpicklingError, OSError, ValueError) as error:
+    except Exception as error:  # torch raises every kind
         raise CheckpointError(f"{path} is damaged: {error}") from error
     refused = [
         name
