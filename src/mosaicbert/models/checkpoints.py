@@ -274,6 +274,9 @@ def _model_type(
 def _shape_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """What the shapes of the weights tell about the configuration."""
     layer = "bert.encoder.layer."
+    for name in ("word", "token_type"):
+        if f"bert.embeddings.{name}_embeddings.weight" not in weights:
+            raise CheckpointError(f"The checkpoint has no bert.embeddings.{name}_embeddings.weight.")
     words = weights["bert.embeddings.word_embeddings.weight"]
     wide = weights.get(f"{layer}0.mlp.wo.weight", weights.get(f"{layer}0.output.dense.weight"))
     shape: dict[str, Any] = {
