@@ -5,7 +5,15 @@ The line under a key is its help, its documentation and its comment at once.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+)
 
 from mosaicbert.duration import Duration
 from mosaicbert.errors import ConfigError
@@ -23,7 +31,6 @@ def _check_time(text: Any) -> str:
 
 TimeString = Annotated[str, BeforeValidator(_check_time)]
 """A time string (`10ba`, `3ep`, `0.06dur`); see `mosaicbert.duration`."""
-
 
 
 def _check_run_name(name: str) -> str:

@@ -276,7 +276,9 @@ def _shape_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     layer = "bert.encoder.layer."
     for name in ("word", "token_type"):
         if f"bert.embeddings.{name}_embeddings.weight" not in weights:
-            raise CheckpointError(f"The checkpoint has no bert.embeddings.{name}_embeddings.weight.")
+            raise CheckpointError(
+                f"The checkpoint has no bert.embeddings.{name}_embeddings.weight."
+            )
     words = weights["bert.embeddings.word_embeddings.weight"]
     wide = weights.get(f"{layer}0.mlp.wo.weight", weights.get(f"{layer}0.output.dense.weight"))
     shape: dict[str, Any] = {
