@@ -173,7 +173,7 @@ def test_dropout_arguments() -> None:
 
 @pytest.mark.parametrize("with_x_bias", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-@pytest.mark.parametrize("uses", ["both", "first", "second"])
+@pytest.mark.parametrize("uses", ["both", "first", "second", "once"])
 def test_residual_layer_norm(dropout_p: float, with_x_bias: bool, uses: str) -> None:
     rows, width = 9, 40
     x, residual = torch.randn(rows, width), torch.randn(rows, width)
@@ -181,11 +181,13 @@ def test_residual_layer_norm(dropout_p: float, with_x_bias: bool, uses: str) -> 
     leaves = [x, residual, weight, bias, x_bias][: 4 + with_x_bias]
     for leaf in leaves:
         leaf.requires_grad_()
+    times = 1 if uses == "once" else 2
     outs = residual_layer_norm(
-        x, residual, weight, bias, x_bias if with_x_bias else None, 1e-12, dropout_p, SEED
+        x, residual, weight, bias, x_bias if with_x_bias else None, 1e-12, dropout_p, SEED, times
     )
+    assert len(outs) == times
     grads = torch.randn(2, rows, width)
-    used = {"both": [0, 1], "first": [0], "second": [1]}[uses]
+    used = {"both": [0, 1], "first": [0], "second": [1], "once": [0]}[uses]
     torch.autograd.backward([outs[i] for i in used], [grads[i] for i in used])
     got = [leaf.grad for leaf in leaves]
 
@@ -197,7 +199,7 @@ def test_residual_layer_norm(dropout_p: float, with_x_bias: bool, uses: str) -> 
     x64 = exact[0] + (exact[4] if with_x_bias else 0)
     want = F.layer_norm(exact[1] + x64 * keep, (width,), exact[2], exact[3], 1e-12)
     want.backward(grads[used].sum(0).double())
-    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[-1])
     assert off(outs[0], want.detach()) < 1e-6
     for mine, theirs in zip(got, exact, strict=True):
         assert mine is not None

@@ -112,7 +112,7 @@ def test_pre_norm_is_as_written():
     ids = IDS[1:]
     x = model(ids, output_hidden_states=True).hidden_states[0][0]
     for layer in model.encoder.layer:
-        x, _, _ = layer(x, x, None, model.encoder.plan(x, torch.tensor([0, 6]).int(), 6), False)
+        x, _ = layer(x, None, model.encoder.plan(x, torch.tensor([0, 6]).int(), 6), False)
     torch.testing.assert_close(model(ids)[0][0], model.encoder.final_norm(x))
     layer, plan = model.encoder.layer[0], model.encoder.plan(x, torch.tensor([0, 6]).int(), 6)
     output, mlp = layer.attention.output, layer.mlp
@@ -120,7 +120,7 @@ def test_pre_norm_is_as_written():
     y = x + output.dense(attended)
     gate, up = mlp.gated_layers(F.layer_norm(y, (128,))).chunk(2, -1)
     torch.testing.assert_close(
-        layer(x, x, None, plan, False)[0], y + mlp.wo(F.gelu(gate) * up), rtol=1e-4, atol=1e-5
+        layer(x, None, plan, False)[0], y + mlp.wo(F.gelu(gate) * up), rtol=1e-4, atol=1e-5
     )
 
 

@@ -73,13 +73,17 @@ class MosaicBertSelfAttention(nn.Module):
         self.heads, self.head_dim = config.num_attention_heads, config.head_dim
         self.qk_norm = config.qk_norm
         self.Wqkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.value_skips = config.value_skips
         if config.value_skips and index > 0:  # Zhou et al. 2024, "Value Residual Learning"
             self.value_mix = nn.Parameter(torch.full((1,), 0.5))
 
     def forward(
         self, x: Tensor, plan: AttentionPlan, first_values: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """`(total_nnz, hidden)` -> the same, and the values of the first layer."""
+        """`(total_nnz, hidden)` -> the same, and the values of the first layer where they are used.
+
+        Where they are not, giving them out would cost a gradient of zeros in compiled code.
+        """
         qkv = self.Wqkv(x).view(-1, 3, self.heads, self.head_dim)
         if self.qk_norm or plan.rotary is not None:
             qk, v = qkv[:, :2], qkv[:, 2:]
@@ -92,7 +96,7 @@ class MosaicBertSelfAttention(nn.Module):
             assert first_values is not None
             v = torch.lerp(qkv[:, 2], first_values, self.value_mix.to(qkv.dtype))
             qkv = torch.stack([qkv[:, 0], qkv[:, 1], v], dim=1)
-        else:
+        elif self.value_skips:
             first_values = qkv[:, 2]
         return run_attention(qkv, plan).flatten(1), first_values
 
@@ -206,17 +210,14 @@ class MosaicBertLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        residual: Tensor,
         first_values: Tensor | None,
         plan: AttentionPlan,
         fused: bool,
         rows: Rows | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`x` and `residual` `(total_nnz, hidden)` are two names of the same values.
+    ) -> tuple[Tensor, Tensor | None]:
+        """`x (total_nnz, hidden)` -> the same, and the values of the first layer.
 
-        What reads `x` and what reads `residual` then have gradients of their own, which the
-        fused LayerNorm adds in passing. Without it they are one tensor. With `rows`, everything
-        after attention runs on these alone.
+        With `rows`, everything after attention runs on these alone.
         """
         output, mlp = self.attention.output, self.mlp
         dropout_p = self.dropout if self.training else 0.0
@@ -225,19 +226,29 @@ class MosaicBertLayer(nn.Module):
             attended, x = take_rows(attended, rows), take_rows(x, rows)
             x = x + F.dropout(output.dense(attended), dropout_p)
             x = x + mlp.wo(mlp.hidden(mlp.layernorm(x), fused))
-            return x, x, values
+            return x, values
         attended, values = self.attention.self(x, plan, first_values)
-        attended, residual = take_rows(attended, rows), take_rows(residual, rows)
-        x, residual = add_norm(attended, residual, output.dense, output.LayerNorm, dropout_p, fused)
+        attended, x = take_rows(attended, rows), take_rows(x, rows)
+        x, residual = add_norm(attended, x, output.dense, output.LayerNorm, dropout_p, fused)
         hidden = mlp.hidden(x, fused)
-        x, residual = add_norm(hidden, residual, mlp.wo, mlp.layernorm, 0.0, fused)
-        return x, residual, values
+        (x,) = add_norm(hidden, residual, mlp.wo, mlp.layernorm, 0.0, fused, times=1)
+        return x, values
 
 
 def add_norm(
-    x: Tensor, residual: Tensor, dense: nn.Linear, norm: LayerNorm, dropout_p: float, fused: bool
-) -> tuple[Tensor, Tensor]:
-    """`norm(residual + dropout(dense(x)))`, twice."""
+    x: Tensor,
+    residual: Tensor,
+    dense: nn.Linear,
+    norm: LayerNorm,
+    dropout_p: float,
+    fused: bool,
+    times: int = 2,
+) -> tuple[Tensor, ...]:
+    """`norm(residual + dropout(dense(x)))`, so many times.
+
+    What reads the one and what reads the other have gradients of their own, which the fused
+    LayerNorm adds in passing.
+    """
     if fused:
         from mosaicbert.models.kernels.layernorm import residual_layer_norm
 
@@ -250,9 +261,9 @@ def add_norm(
             norm.eps,
             dropout_p,
             dropout_seed(dropout_p, x.device),
+            times,
         )
-    out = norm(residual + F.dropout(dense(x), dropout_p))
-    return out, out
+    return (norm(residual + F.dropout(dense(x), dropout_p)),) * times
 
 
 class MosaicBertEncoder(nn.Module):
@@ -306,28 +317,18 @@ class MosaicBertEncoder(nn.Module):
         """
         fused = kernels.why_not(x.device) is None and x.dtype != torch.float64
         half = len(self.layer) // 2
-        residual, values = x.view_as(x) if fused else x, None
+        values: Tensor | None = None
         skips: list[Tensor] = []
         for index, layer in enumerate(self.layer):
             if hidden_states is not None:
                 hidden_states.append(x)
             if self.config.unet_skips and index >= len(self.layer) - half:
                 x = x + self.skip_weights[len(skips) - 1].to(x.dtype) * skips.pop()
-                residual = x
-            args = (
-                x,
-                residual,
-                values,
-                plan,
-                fused,
-                rows if index == len(self.layer) - 1 else None,
-            )
+            args = (x, values, plan, fused, rows if index == len(self.layer) - 1 else None)
             if self._gradient_checkpointing_func and self.gradient_checkpointing and self.training:
-                x, residual, values = self._gradient_checkpointing_func(layer.__call__, *args)
+                x, values = self._gradient_checkpointing_func(layer.__call__, *args)
             else:
-                x, residual, values = layer(*args)
-            if not self.config.value_skips:
-                values = None
+                x, values = layer(*args)
             if self.config.unet_skips and index < half:
                 skips.append(x)
         if self.config.pre_norm:

@@ -203,20 +203,20 @@ def _(
 
 
 class _ResidualLayerNorm(torch.autograd.Function):
-    """Returns its output twice, so that the two gradients arrive apart."""
+    """Returns its output once or twice; twice, so that two gradients arrive apart."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor,
-        x_bias: Tensor | None, eps: float, dropout_p: float, seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        x_bias: Tensor | None, eps: float, dropout_p: float, seed: Tensor | None, times: int,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         out, mean, rstd = layer_norm_forward(
             x, residual, weight, bias, x_bias, eps, dropout_p, seed
         )
         ctx.dropout_p = dropout_p
         ctx.save_for_backward(x, residual, weight, bias, x_bias, mean, rstd, seed)
         ctx.set_materialize_grads(False)
-        return out, out.view_as(out)
+        return (out, out.view_as(out)) if times == 2 else (out,)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -229,21 +229,23 @@ class _ResidualLayerNorm(torch.autograd.Function):
         dx = dx if dx.numel() else dresidual
         dx_bias = None if x_bias is None else sums[2].to(x_bias.dtype)
         dweight, dbias = sums[0].to(weight.dtype), sums[1].to(bias.dtype)
-        return dx, dresidual, dweight, dbias, dx_bias, None, None, None
+        return dx, dresidual, dweight, dbias, dx_bias, None, None, None, None
 
 
 def residual_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None = None,
-    eps: float = 1e-12, dropout_p: float = 0.0, seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    eps: float = 1e-12, dropout_p: float = 0.0, seed: Tensor | None = None, times: int = 2,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """`LayerNorm(residual + dropout(x + x_bias))`, twice: two names of the same values.
 
     Give one to the next layer and the other to the next residual: their gradients are then added
-    inside the backward kernel. `x`, `residual` `(n, hidden)`; `weight`, `bias`, `x_bias`
-    `(hidden,)`; statistics and sums in float32, output in the dtype of `residual`. `x_bias` is
-    the bias of the linear layer before, whose gradient costs nothing here. `seed` as in `geglu`.
+    inside the backward kernel. Ask for it once (`times`) where there is one reader, or where the
+    other is outside of the compiled graph: compiled code would fill a gradient with zeros for it.
+    `x`, `residual` `(n, hidden)`; `weight`, `bias`, `x_bias` `(hidden,)`; statistics and sums in
+    float32, output in the dtype of `residual`. `x_bias` is the bias of the linear layer before,
+    whose gradient costs nothing here. `seed` as in `geglu`.
     """
-    out: tuple[Tensor, Tensor] = _ResidualLayerNorm.apply(  # type: ignore[no-untyped-call]
-        x.contiguous(), residual.contiguous(), weight, bias, x_bias, eps, dropout_p, seed
+    out: tuple[Tensor, ...] = _ResidualLayerNorm.apply(  # type: ignore[no-untyped-call]
+        x.contiguous(), residual.contiguous(), weight, bias, x_bias, eps, dropout_p, seed, times
     )
     return out
