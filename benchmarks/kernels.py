@@ -23,6 +23,7 @@ import triton
 from torch import Tensor
 
 from mosaicbert.models.kernels.attention import attention_backward, attention_forward
+from mosaicbert.models.kernels.cross_entropy import CONFIG, linear_cross_entropy_forward
 from mosaicbert.models.kernels.geglu import geglu_backward, geglu_forward
 from mosaicbert.models.kernels.layernorm import layer_norm_backward, layer_norm_forward
 
@@ -137,6 +138,24 @@ def norm_rows(dropout_p: float) -> list[tuple[str, float, float, float]]:
     ]
 
 
+def loss_rows() -> list[tuple[str, float, float, float]]:
+    """The head's loss over 13,000 masked rows and 30,528 tokens; its matrix product timed apart."""
+    x = torch.randn(13_000, HIDDEN, device="cuda").bfloat16()
+    weight = (0.05 * torch.randn(30_528, HIDDEN, device="cuda")).bfloat16()
+    bias = torch.randn(30_528, device="cuda").bfloat16()
+    labels = torch.randint(30_522, (13_000,), device="cuda")
+    product = microseconds(lambda: F.linear(x, weight, bias))
+    rows = []
+    for block, num_warps in ((2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (32768, 16)):
+        CONFIG.update(BLOCK=block, num_warps=num_warps)
+        whole = microseconds(
+            lambda: linear_cross_entropy_forward(x, weight, bias, labels, 30_522, 0.0)
+        )
+        name = f"loss, blocks of {block}, {num_warps} warps"
+        rows.append((name, whole - product, 2.0 * 2 * 13_000 * 30_528, 0.0))
+    return rows
+
+
 def compiled_norm_rows(dropout_p: float) -> list[tuple[str, float, float, float]]:
     """The same LayerNorm as torch.compile makes it, forward and backward, with one gradient."""
     leaves = [t.bfloat16() for t in torch.randn(2, TOKENS, HIDDEN, device="cuda")]
@@ -166,6 +185,7 @@ def main() -> None:
             attention_rows(n, s)]  # fmt: skip
     for dropout_p in (0.0, 0.1):
         rows += geglu_rows(dropout_p) + norm_rows(dropout_p) + compiled_norm_rows(dropout_p)
+    rows += loss_rows()
     print(f"pass {bandwidth / 1e12:.2f} TB/s, matrix product {peak / 1e12:.0f} TFLOP/s")
     print(f"{'kernel':42} {'us':>8} {'floor':>8} {'share':>6}  TB/s  TFLOP/s")
     table = []

@@ -165,7 +165,7 @@ def build(row: Row, args: argparse.Namespace, ranks: Ranks) -> Bench:
 def whole_loss(model: Any, batch: Batch, return_logits: bool = False) -> LossOutput:
     """Mosaic BERT's loss with all layers on all tokens."""
     x = model._encode(batch)[batch.target_positions]
-    return LossOutput(model.head_loss(x, batch.labels)[0])
+    return LossOutput(model.cls.predictions.loss(x, batch.labels, fused=True))
 
 
 def warm_up(bench: Bench) -> dict[str, Any]:

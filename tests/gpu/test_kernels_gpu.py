@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 
 from mosaicbert.models.attention import attention  # noqa: E402
 from mosaicbert.models.kernels.attention import alibi_attention  # noqa: E402
+from mosaicbert.models.kernels.cross_entropy import linear_cross_entropy  # noqa: E402
 from mosaicbert.models.kernels.geglu import geglu, geglu_backward, geglu_linear  # noqa: E402
 from mosaicbert.models.kernels.layernorm import residual_layer_norm  # noqa: E402
 
@@ -172,3 +173,30 @@ def test_one_graph_under_inductor(dtype: torch.dtype, max_seqlen: int) -> None:
         (fast,) = torch.autograd.grad(got.float().square().sum(), qkv)
         assert off(got, want.detach().double()) < TOLERANCE[dtype]
         assert off(fast, eager.double()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "classes"), [(30_528, 30_522), (104, 101)])
+def test_linear_cross_entropy(
+    width: int, classes: int, dtype: torch.dtype, softcap: float | None
+) -> None:
+    x = torch.randn(333, 64, device=DEVICE).to(dtype).requires_grad_()
+    weight = (0.5 * torch.randn(width, 64, device=DEVICE)).requires_grad_()
+    bias = torch.randn(width, device=DEVICE, requires_grad=True)
+    labels = torch.randint(classes, (333,), device=DEVICE)
+    labels[::7] = -100
+    loss = linear_cross_entropy(x, weight, bias, labels, classes, softcap)
+    (loss / 285).backward()
+    leaves = [t.detach().to(dtype).double().requires_grad_() for t in (x, weight, bias)]
+    logits = F.linear(*leaves)[:, :classes]
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    want = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+    (want / 285).backward()
+    errors = [off(loss, want.detach())]
+    for got, expected in zip((x, weight, bias), leaves, strict=True):
+        assert got.grad is not None
+        assert expected.grad is not None
+        errors.append(off(got.grad, expected.grad))
+    assert max(errors) < (1e-2 if dtype == torch.bfloat16 else 2e-5), errors

@@ -227,7 +227,8 @@ def compile_model(model: nn.Module) -> None:
     for part in (encoder.embeddings, *encoder.encoder.layer):
         part._compiled_call_impl = _compiled(part._call_impl, model, dynamic=True, fullgraph=True)
     if isinstance(model, MosaicBertForMaskedLM):
-        trained.head_loss = _compiled(model.head_loss, model, dynamic=True, fullgraph=True)
+        head: Any = model.cls.predictions
+        head.loss = _compiled(head.loss, model, dynamic=True, fullgraph=True)
 
 
 def _compiled(function: Callable[..., Any], model: nn.Module, **options: Any) -> Callable[..., Any]:

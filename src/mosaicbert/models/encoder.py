@@ -1,4 +1,4 @@
-"""The layers of Mosaic BERT: embeddings, encoder, pooler and MLM head.
+"""The layers of Mosaic BERT: embeddings, encoder and pooler.
 
 Source: Portes et al. 2023, "MosaicBERT: A Bidirectional Encoder Optimized for Fast Pretraining".
 Tokens of all sequences lie one after another, `(total_nnz, hidden)`; sequence i is
@@ -350,44 +350,3 @@ class MosaicBertPooler(nn.Module):
         x = F.pad(x, (0, 0, 0, 1))
         first = torch.where(cu_seqlens.diff() > 0, cu_seqlens[:-1], x.shape[0] - 1)
         return torch.tanh(self.dense(x[first]))
-
-
-class MosaicBertTransform(nn.Module):
-    """Dense layer, GELU and LayerNorm before the decoder."""
-
-    def __init__(self, config: MosaicBertConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(rows, hidden)` -> the same."""
-        return self.LayerNorm(F.gelu(self.dense(x)))
-
-
-class MosaicBertPredictions(nn.Module):
-    """The masked-language-modelling head, over whichever rows it is given."""
-
-    def __init__(self, config: MosaicBertConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.transform = MosaicBertTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.padded_vocab_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(rows, hidden)` -> logits `(rows, padded_vocab)`; pad rows of the vocabulary: -inf."""
-        x, weight, bias = self.transform(x), self.decoder.weight, self.decoder.bias
-        padding = torch.arange(len(bias), device=bias.device) >= self.config.vocab_size
-        cap = self.config.logit_softcap
-        if cap is None:
-            return F.linear(x, weight, bias.masked_fill(padding, -torch.inf))
-        logits = cap * torch.tanh(F.linear(x, weight, bias) / cap)  # Gemma Team 2024
-        return logits.masked_fill(padding, -torch.inf)
-
-
-class MosaicBertMLMHead(nn.Module):
-    """Holds the head under its checkpoint name."""
-
-    def __init__(self, config: MosaicBertConfig) -> None:
-        super().__init__()
-        self.predictions = MosaicBertPredictions(config)

@@ -22,13 +22,12 @@ from transformers.utils.generic import can_return_tuple
 
 from mosaicbert.batch import Batch, LossOutput
 from mosaicbert.errors import ConfigError
-from mosaicbert.models import register
+from mosaicbert.models import kernels, register
 from mosaicbert.models.attention import sequence_ids
 from mosaicbert.models.configuration import MosaicBertConfig, padded_vocab_size
 from mosaicbert.models.encoder import (
     MosaicBertEmbeddings,
     MosaicBertEncoder,
-    MosaicBertMLMHead,
     MosaicBertPooler,
     MosaicBertSelfAttention,
     OutputLinear,
@@ -44,6 +43,7 @@ from mosaicbert.models.heads import (
     problem_type,
     training_flops,
 )
+from mosaicbert.models.mlm_head import MosaicBertMLMHead
 
 # --- padded form in, padded form out --------------------------------------------------------------
 
@@ -317,21 +317,16 @@ class MosaicBertForMaskedLM(_WithHead):
         """Logits without the vocabulary's padding."""
         return logits[:, : self.config.vocab_size]
 
-    def head_loss(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Head and loss of masked rows `x (num_target_rows, hidden)`: loss_sum, logits.
-
-        The logits are detached: as an output with a gradient, compiled code would fill one of
-        their size with zeros in every backward pass.
-        """
-        logits = self.cls.predictions(x)
-        return cross_entropy_sum(logits, labels), logits.detach()
-
     def loss(self, batch: Batch, return_logits: bool = False) -> LossOutput:
         """Summed cross-entropy of a packed batch's targets; the head runs on these alone."""
         assert batch.target_positions is not None
         x = self._encode(batch, batch.target_positions)
-        loss_sum, logits = self.head_loss(x, batch.labels)
-        return LossOutput(loss_sum, self._real(logits) if return_logits else None)
+        if not return_logits:
+            known = x.dtype in (torch.float32, torch.bfloat16)
+            fused = known and kernels.why_not(x.device) is None
+            return LossOutput(self.cls.predictions.loss(x, batch.labels, fused))
+        logits = self.cls.predictions(x)
+        return LossOutput(cross_entropy_sum(logits, batch.labels), self._real(logits))
 
     def flops_per_token(self, seq_len: float, more_parameters: float = 0.0) -> float:
         """The head, and the last layer behind its attention, run on `mlm_share` of the tokens."""
