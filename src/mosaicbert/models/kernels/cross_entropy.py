@@ -80,7 +80,7 @@ def linear_cross_entropy_forward(
     loss = torch.empty_like(labels, dtype=torch.float32)
     if labels.shape[0]:  # not len(): the compiler would make a graph for each number of rows
         launch(
-            _cross_entropy_kernel, labels.shape, logits, labels, loss, WIDTH=weight.shape[0],
+            _cross_entropy_kernel, (labels.shape[0],), logits, labels, loss, WIDTH=weight.shape[0],
             CLASSES=num_classes, CAP=softcap, IGNORED=IGNORE_INDEX, **CONFIG,
         )  # fmt: skip
     return loss, logits
