@@ -24,7 +24,10 @@ from mosaicbert.models.kernels import geglu as geglu_module  # noqa: E402
 from mosaicbert.models.kernels.attention import alibi_attention  # noqa: E402
 from mosaicbert.models.kernels.cross_entropy import linear_cross_entropy  # noqa: E402
 from mosaicbert.models.kernels.geglu import geglu, geglu_backward, geglu_linear  # noqa: E402
-from mosaicbert.models.kernels.layernorm import residual_layer_norm  # noqa: E402
+from mosaicbert.models.kernels.layernorm import (  # noqa: E402
+    residual_layer_norm,
+    sum_layer_norm,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array")  # triton 3.6's own
 SEED = torch.tensor([0x1234_5678_9ABC])
@@ -207,6 +210,54 @@ def test_residual_layer_norm(dropout_p: float, with_x_bias: bool, uses: str) -> 
         assert off(mine, theirs.grad) < 1e-5
 
 
+@pytest.mark.parametrize("adds", ["nothing", "x", "x and bias"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("uses", [(0, 1), (0,), (1,)], ids=["both", "sum", "norm"])
+def test_sum_layer_norm(dropout_p: float, adds: str, uses: tuple[int, ...]) -> None:
+    rows, width = 9, 40
+    x, residual = torch.randn(rows, width), torch.randn(rows, width)
+    weight, bias, x_bias = torch.randn(3, width)
+    leaves = [residual, weight, bias, x, x_bias][: {"nothing": 3, "x": 4, "x and bias": 5}[adds]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    has_x = adds != "nothing"
+    outs = sum_layer_norm(
+        x if has_x else None, residual, weight, bias, x_bias if len(leaves) == 5 else None,
+        1e-12, dropout_p if has_x else 0.0, SEED,
+    )  # fmt: skip
+    grads = torch.randn(2, rows, width)
+    torch.autograd.backward([outs[i] for i in uses], [grads[i] for i in uses])
+
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    total = exact[0]
+    if has_x:
+        x64 = exact[3] + (exact[4] if len(leaves) == 5 else 0)
+        keep = torch.ones(rows, width)
+        if dropout_p:
+            assert x.grad is not None
+            keep = (x.grad != 0) / (1 - dropout_p)
+        total = total + x64 * keep
+    want = total, F.layer_norm(total, (width,), exact[1], exact[2], 1e-12)
+    torch.autograd.backward([want[i] for i in uses], [grads[i].double() for i in uses])
+    for mine, theirs in zip(outs, want, strict=True):
+        assert off(mine, theirs.detach()) < 1e-6
+    for leaf, theirs in zip(leaves, exact, strict=True):
+        mine = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        if theirs.grad is None:  # of weight and bias, where nobody uses the norm
+            assert not mine.any()
+        else:
+            assert off(mine, theirs.grad) < 1e-5
+
+
+def test_sum_layer_norm_is_the_norm_of_the_sum_it_gives() -> None:
+    x, residual = torch.randn(2, 5, 40, dtype=torch.float16)
+    weight, bias = torch.randn(2, 40)
+    total, out = sum_layer_norm(x, residual, weight, bias)
+    assert torch.equal(total, x + residual)
+    exact = F.layer_norm(total.double(), (40,), weight.double(), bias.double(), 1e-12)
+    assert off(out, exact) < 1e-3
+
+
 def test_one_graph_under_compile() -> None:
     """Forward and backward of all three trace without a break, with the same gradients."""
     cu_seqlens = torch.tensor([0, 3, 8], dtype=torch.int32)
@@ -216,7 +267,9 @@ def test_one_graph_under_compile() -> None:
     def block(qkv: Tensor) -> Tensor:
         mixed = alibi_attention(qkv, cu_seqlens, 5, SLOPES).flatten(1)
         normed, again = residual_layer_norm(mixed, qkv[:, 0].flatten(1), weight, bias)
-        wide = torch.cat([normed, again], 1)
+        total, normed = sum_layer_norm(None, normed, weight, bias)
+        total, normed = sum_layer_norm(again, total, weight, bias)
+        wide = torch.cat([normed, total], 1)
         return geglu(wide, 0.1, SEED) + geglu_linear(wide, square, 0.1, SEED)
 
     qkv = torch.randn(8, 3, HEADS, HEAD_DIM, requires_grad=True)

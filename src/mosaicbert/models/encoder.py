@@ -222,11 +222,11 @@ class MosaicBertLayer(nn.Module):
         output, mlp = self.attention.output, self.mlp
         dropout_p = self.dropout if self.training else 0.0
         if self.pre_norm:
-            attended, values = self.attention.self(output.LayerNorm(x), plan, first_values)
+            x, normed = sum_and_norm(None, x, None, output.LayerNorm, 0.0, fused)
+            attended, values = self.attention.self(normed, plan, first_values)
             attended, x = take_rows(attended, rows), take_rows(x, rows)
-            x = x + F.dropout(output.dense(attended), dropout_p)
-            x = x + mlp.wo(mlp.hidden(mlp.layernorm(x), fused))
-            return x, values
+            x, normed = sum_and_norm(attended, x, output.dense, mlp.layernorm, dropout_p, fused)
+            return x + mlp.wo(mlp.hidden(normed, fused)), values
         attended, values = self.attention.self(x, plan, first_values)
         attended, x = take_rows(attended, rows), take_rows(x, rows)
         x, residual = add_norm(attended, x, output.dense, output.LayerNorm, dropout_p, fused)
@@ -264,6 +264,30 @@ def add_norm(
             times,
         )
     return (norm(residual + F.dropout(dense(x), dropout_p)),) * times
+
+
+def sum_and_norm(
+    x: Tensor | None,
+    residual: Tensor,
+    dense: nn.Linear | None,
+    norm: LayerNorm,
+    dropout_p: float,
+    fused: bool,
+) -> tuple[Tensor, Tensor]:
+    """`s = residual + dropout(dense(x))` and `norm(s)`; without `x`, s is `residual`."""
+    if fused:
+        from mosaicbert.models.kernels.layernorm import sum_layer_norm
+
+        projected, bias = None, None
+        if x is not None and dense is not None:
+            projected, bias = F.linear(x, dense.weight), dense.bias
+        seed = dropout_seed(dropout_p, residual.device)
+        return sum_layer_norm(
+            projected, residual, norm.weight, norm.bias, bias, norm.eps, dropout_p, seed
+        )
+    if x is not None and dense is not None:
+        residual = residual + F.dropout(dense(x), dropout_p)
+    return residual, norm(residual)
 
 
 class MosaicBertEncoder(nn.Module):

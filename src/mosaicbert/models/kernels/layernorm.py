@@ -1,9 +1,10 @@
 """`LayerNorm(residual + dropout(x + x_bias))`, one pass over memory each way.
 
-Kept for the backward pass: the two inputs, which the surrounding layers keep anyway, and mean and
-reciprocal deviation of each row. The backward kernel reads both gradients of the output (a
-post-norm output feeds a linear layer and the next residual), so that no addition runs on its
-own, and sums the gradients of weight, bias and x_bias in registers.
+Post-norm wants the norm alone, twice (`residual_layer_norm`); pre-norm the sum and its norm
+(`sum_layer_norm`). Kept for the backward pass: the inputs or the sum, which the surrounding layers
+keep anyway, and mean and reciprocal deviation of each row. The backward kernel reads the gradients
+of both outputs (one feeds a linear layer, the other the next residual), so that no addition runs on
+its own, and sums the gradients of weight, bias and x_bias in registers.
 """
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
 # ruff: noqa: N803
@@ -24,25 +25,25 @@ def _summed(
     x_ptr, residual_ptr, x_bias, seed_ptr, row, col, inside,
     WIDTH: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """The sum residual + dropout(x + x_bias) of some rows in float32, and which elements stay."""
+    """The sum residual + dropout(x + x_bias) of some rows, in float32."""
     at = row.to(tl.int64) * WIDTH + col
     x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) + x_bias
     residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    keep = inside
     if DROP_BELOW > 0:
         keep = inside & keep_mask(seed_ptr, row, col, DROP_BELOW)
         x = tl.where(keep, x * KEEP_SCALE, 0.0)
-    return residual + x, keep
+    return residual + x
 
 
 @triton.jit
 def _norm_forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, out_ptr, mean_ptr, rstd_ptr,
-    num_rows,
-    WIDTH: tl.constexpr, EPS: tl.constexpr, X_BIAS: tl.constexpr,
-    DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, out_ptr, sum_ptr, mean_ptr,
+    rstd_ptr, num_rows,
+    WIDTH: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, X_BIAS: tl.constexpr,
+    KEEP_SUM: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    """Without `ADD`, the norm of `residual` alone. `KEEP_SUM` also writes what is normed."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row, col = rows[:, None], tl.arange(0, COLS)[None, :]
     in_row = col < WIDTH
@@ -50,17 +51,25 @@ def _norm_forward_kernel(
     x_bias = 0.0
     if X_BIAS:
         x_bias = tl.load(x_bias_ptr + col, mask=in_row, other=0.0).to(tl.float32)
-    z, _ = _summed(
-        x_ptr, residual_ptr, x_bias, seed_ptr, row, col, inside, WIDTH, DROP_BELOW,
-        KEEP_SCALE,
-    )  # fmt: skip
+    at = row.to(tl.int64) * WIDTH + col
+    if ADD:
+        z = _summed(
+            x_ptr, residual_ptr, x_bias, seed_ptr, row, col, inside, WIDTH, DROP_BELOW,
+            KEEP_SCALE,
+        )  # fmt: skip
+    else:
+        z = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if KEEP_SUM:  # the norm is that of the sum as it is kept, which the backward pass reads
+        kept = z.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + at, kept, mask=inside)
+        z = kept.to(tl.float32)
     mean = tl.sum(z, 1) / WIDTH
     centred = tl.where(inside, z - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / WIDTH + EPS)
     weight = tl.load(weight_ptr + col, mask=in_row, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + col, mask=in_row, other=0.0).to(tl.float32)
     out = centred * rstd[:, None] * weight + bias
-    tl.store(out_ptr + row.to(tl.int64) * WIDTH + col, out, mask=inside)
+    tl.store(out_ptr + at, out, mask=inside)
     tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
@@ -69,17 +78,20 @@ def _norm_forward_kernel(
 def _norm_backward_kernel(
     grad_ptr, other_grad_ptr, x_ptr, residual_ptr, weight_ptr, x_bias_ptr, seed_ptr, mean_ptr,
     rstd_ptr, dx_ptr, dresidual_ptr, partial_ptr, num_rows,
-    WIDTH: tl.constexpr, OTHER_GRAD: tl.constexpr, X_BIAS: tl.constexpr, SPLIT: tl.constexpr,
-    DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    WIDTH: tl.constexpr, OTHER_GRAD: tl.constexpr, OF_SUM: tl.constexpr, X_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`SPLIT`: dx is not simply dresidual, so it is written beside it."""
+    """`SPLIT`: dx is not simply dresidual, so it is written beside it.
+
+    `OF_SUM`: `residual` is the sum already, and `other_grad` its gradient, not that of the norm.
+    """
     programs = tl.num_programs(0)
     col = tl.arange(0, COLS)[None, :]
     in_row = col < WIDTH
     weight = tl.load(weight_ptr + col, mask=in_row, other=0.0).to(tl.float32)
     x_bias = 0.0
-    if X_BIAS:
+    if X_BIAS and not OF_SUM:
         x_bias = tl.load(x_bias_ptr + col, mask=in_row, other=0.0).to(tl.float32)
     dweight = tl.zeros([ROWS, COLS], tl.float32)
     dbias = tl.zeros([ROWS, COLS], tl.float32)
@@ -90,12 +102,17 @@ def _norm_backward_kernel(
         inside = (row < num_rows) & in_row
         at = row.to(tl.int64) * WIDTH + col
         grad = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        other = 0.0
         if OTHER_GRAD:
-            grad += tl.load(other_grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        z, keep = _summed(
-            x_ptr, residual_ptr, x_bias, seed_ptr, row, col, inside, WIDTH,
-            DROP_BELOW, KEEP_SCALE,
-        )  # fmt: skip
+            other = tl.load(other_grad_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        if OF_SUM:
+            z = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        else:
+            grad += other
+            z = _summed(
+                x_ptr, residual_ptr, x_bias, seed_ptr, row, col, inside, WIDTH,
+                DROP_BELOW, KEEP_SCALE,
+            )  # fmt: skip
         mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
         normed = tl.where(inside, (z - mean) * rstd, 0.0)
@@ -105,8 +122,11 @@ def _norm_backward_kernel(
         along = (tl.sum(scaled * normed, 1) / WIDTH)[:, None]
         level = (tl.sum(scaled, 1) / WIDTH)[:, None]
         dz = (scaled - level - normed * along) * rstd
+        if OF_SUM:
+            dz += other
         tl.store(dresidual_ptr + at, dz, mask=inside)
         if DROP_BELOW > 0:
+            keep = inside & keep_mask(seed_ptr, row, col, DROP_BELOW)
             dz = tl.where(keep, dz * KEEP_SCALE, 0.0)
         if SPLIT:
             tl.store(dx_ptr + at, dz, mask=inside)
@@ -151,9 +171,9 @@ def layer_norm_forward(
     if num_rows:
         launch(
             _norm_forward_kernel, (triton.cdiv(num_rows, FORWARD["ROWS"]),), x, residual, weight,
-            bias, x_bias, x if seed is None else seed, out, mean, rstd, num_rows, WIDTH=width,
-            EPS=eps, X_BIAS=x_bias is not None, **dropout, COLS=triton.next_power_of_2(width),
-            **FORWARD,
+            bias, x_bias, x if seed is None else seed, out, out, mean, rstd, num_rows, WIDTH=width,
+            EPS=eps, ADD=True, X_BIAS=x_bias is not None, KEEP_SUM=False, **dropout,
+            COLS=triton.next_power_of_2(width), **FORWARD,
         )  # fmt: skip
     return out, mean, rstd
 
@@ -177,8 +197,8 @@ def layer_norm_backward(
     launch(
         _norm_backward_kernel, (programs,), grad, other_grad, x, residual, weight, x_bias,
         x if seed is None else seed, mean, rstd, dx, dresidual, partial, num_rows, WIDTH=width,
-        OTHER_GRAD=other_grad is not None, X_BIAS=x_bias is not None, SPLIT=split, **dropout,
-        COLS=triton.next_power_of_2(width), **BACKWARD,
+        OTHER_GRAD=other_grad is not None, OF_SUM=False, X_BIAS=x_bias is not None, SPLIT=split,
+        **dropout, COLS=triton.next_power_of_2(width), **BACKWARD,
     )  # fmt: skip
     return dx, dresidual, partial.sum(0)
 
@@ -249,3 +269,126 @@ def residual_layer_norm(
         x.contiguous(), residual.contiguous(), weight, bias, x_bias, eps, dropout_p, seed, times
     )
     return out
+
+
+# --- pre-norm: the sum and its norm ---------------------------------------------------------------
+
+
+@kernel_op("sum_layer_norm")
+def sum_norm_forward(
+    x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None,
+    eps: float, dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sum (empty without `x`: it is `residual`), its norm, mean and reciprocal deviation."""
+    assert residual.ndim == 2
+    assert residual.is_contiguous()
+    assert x is None or (x.shape == residual.shape and x.is_contiguous())
+    num_rows, width = residual.shape
+    out = torch.empty_like(residual)
+    total = residual.new_empty(0) if x is None else torch.empty_like(residual)
+    mean = residual.new_empty(num_rows, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    dropout = dropout_config(dropout_p, seed)
+    if num_rows:
+        launch(
+            _norm_forward_kernel, (triton.cdiv(num_rows, FORWARD["ROWS"]),), x, residual, weight,
+            bias, x_bias, residual if seed is None else seed, out, total, mean, rstd, num_rows,
+            WIDTH=width, EPS=eps, ADD=x is not None, X_BIAS=x_bias is not None,
+            KEEP_SUM=x is not None, **dropout, COLS=triton.next_power_of_2(width), **FORWARD,
+        )  # fmt: skip
+    return total, out, mean, rstd
+
+
+@kernel_op("sum_layer_norm_backward")
+def sum_norm_backward(
+    grad: Tensor, sum_grad: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor,
+    rstd: Tensor, has_x_bias: bool, dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients: dx (empty if it is dresidual), dresidual, `(3, width)` dweight, dbias, dx_bias."""
+    num_rows, width = total.shape
+    grad = grad.contiguous()
+    sum_grad = None if sum_grad is None else sum_grad.contiguous()
+    dropout = dropout_config(dropout_p, seed)
+    dx = torch.empty_like(total) if dropout_p > 0 else total.new_empty(0)
+    dresidual = torch.empty_like(total)
+    if not num_rows:
+        return dx, dresidual, mean.new_zeros(3, width)
+    programs = _programs(total.device, num_rows)
+    partial = mean.new_empty(programs, 3, width)
+    launch(
+        _norm_backward_kernel, (programs,), grad, sum_grad, total, total, weight, None,
+        total if seed is None else seed, mean, rstd, dx, dresidual, partial, num_rows, WIDTH=width,
+        OTHER_GRAD=sum_grad is not None, OF_SUM=True, X_BIAS=has_x_bias, SPLIT=dropout_p > 0,
+        **dropout, COLS=triton.next_power_of_2(width), **BACKWARD,
+    )  # fmt: skip
+    return dx, dresidual, partial.sum(0)
+
+
+@sum_norm_forward.register_fake
+def _(
+    x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None,
+    eps: float, dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    statistic = residual.new_empty(residual.shape[0], dtype=torch.float32)
+    total = residual.new_empty(0) if x is None else torch.empty_like(residual)
+    return total, torch.empty_like(residual), statistic, torch.empty_like(statistic)
+
+
+@sum_norm_backward.register_fake
+def _(
+    grad: Tensor, sum_grad: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor,
+    rstd: Tensor, has_x_bias: bool, dropout_p: float, seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dx = torch.empty_like(total) if dropout_p > 0 else total.new_empty(0)
+    return dx, torch.empty_like(total), mean.new_empty(3, total.shape[1])
+
+
+class _SumLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor,
+        x_bias: Tensor | None, eps: float, dropout_p: float, seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        total, out, mean, rstd = sum_norm_forward(
+            x, residual, weight, bias, x_bias, eps, dropout_p, seed
+        )
+        total = residual.view_as(residual) if x is None else total
+        ctx.dropout_p, ctx.has_x, ctx.has_x_bias = dropout_p, x is not None, x_bias is not None
+        ctx.save_for_backward(total, weight, bias, x_bias, mean, rstd, seed)
+        ctx.set_materialize_grads(False)
+        return total, out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, bias, x_bias, mean, rstd, seed = ctx.saved_tensors
+        sum_grad, grad = grads
+        if grad is None:
+            grad = torch.zeros_like(total)
+        dx, dresidual, sums = sum_norm_backward(
+            grad, sum_grad, total, weight, mean, rstd, ctx.has_x_bias, ctx.dropout_p, seed
+        )
+        dx_of_x = None
+        if ctx.has_x:
+            dx_of_x = dx if ctx.dropout_p > 0 else dresidual
+        dx_bias = sums[2].to(x_bias.dtype) if ctx.has_x_bias else None
+        dweight, dbias = sums[0].to(weight.dtype), sums[1].to(bias.dtype)
+        return dx_of_x, dresidual, dweight, dbias, dx_bias, None, None, None
+
+
+def sum_layer_norm(
+    x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor,
+    x_bias: Tensor | None = None, eps: float = 1e-12, dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`s = residual + dropout(x + x_bias)` and `LayerNorm(s)`; without `x`, s is `residual`.
+
+    Both have gradients of their own, which the backward kernel adds. Take the next residual from
+    here, not from `residual` itself. Shapes and types as in `residual_layer_norm`; `x` and
+    `residual` are of one type.
+    """
+    if x is not None:
+        x = x.to(residual.dtype).contiguous()
+    total, out = _SumLayerNorm.apply(  # type: ignore[no-untyped-call]
+        x, residual.contiguous(), weight, bias, x_bias, eps, dropout_p, seed
+    )
+    return total, out
