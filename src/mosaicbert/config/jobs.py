@@ -34,6 +34,8 @@ class TrainerConfig(Strict):
     """Arithmetic. Default: `amp_bf16` on a GPU, `fp32` on a CPU."""
     compile: bool | None = None
     """Use torch.compile. Default: on a GPU."""
+    cuda_graphs: bool | None = None
+    """Launch each microbatch as one CUDA graph. Default: on a single GPU with torch.compile."""
     max_duration: TimeString
     """How long to train."""
     eval_interval: TimeString = "1ep"

@@ -64,6 +64,7 @@ EXAMPLES: dict[str, Any] = {
     "max_duration": "286720000sp",
     "global_train_batch_size": 4096,
     "compile": False,
+    "cuda_graphs": False,
     "device": "gpu",
     "precision": "amp_bf16",
     "python_log_level": "debug",

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mosaicbert.batch import Batch, LossOutput, Trainable
 from mosaicbert.config.jobs import TrainerConfig
-from mosaicbert.errors import TrainingError
+from mosaicbert.errors import ConfigError, TrainingError
 from mosaicbert.train.distributed import Ranks
+from mosaicbert.train.graphs import MicrobatchGraphs
 from mosaicbert.train.reducer import GradientReducer
 from mosaicbert.train.split import split_batch
 
@@ -44,6 +45,9 @@ class Backward:
         params = [p for p in model.parameters() if p.requires_grad]
         bf16 = torch.bfloat16 if config.gradient_reduction == "bf16" else None
         self.reducer = GradientReducer(params, ranks, bf16)
+        self.graphs: MicrobatchGraphs | None = None
+        if _wants_graphs(config, ranks):
+            self.graphs = MicrobatchGraphs(self._take, params, ranks.device)
 
     def forward(self, batch: Batch, return_logits: bool = False) -> LossOutput:
         """The model's summed loss of a batch that is on the device already."""
@@ -67,7 +71,7 @@ class Backward:
                 for batch in microbatches
                 for part in split_batch(batch, self.num_parts, grid=self.grid)
             ]
-            self.model.zero_grad()
+            (self.model if self.graphs is None else self.graphs).zero_grad()
             self._seed_dropout(batch_number)
             loss = torch.zeros((), device=self.ranks.device)
             out_of_memory = False
@@ -90,10 +94,16 @@ class Backward:
         for batch in parts:
             if batch is parts[-1]:
                 self.reducer.arm()
-            output = self.forward(batch.to(self.ranks.device))
-            share = output.loss_sum / max(num_targets, 1)
-            self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
-            loss += share.detach()
+            if self.graphs is not None:
+                loss += self.graphs(batch, max(num_targets, 1))
+            else:
+                loss += self._take(batch.to(self.ranks.device), max(num_targets, 1))
+
+    def _take(self, batch: Batch, num_targets: int | Tensor) -> Tensor:
+        """Forward and backward pass of a batch on the device; its part of the mean loss."""
+        share = self.forward(batch).loss_sum / num_targets
+        self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+        return share.detach()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if not self.precision.startswith("amp"):
@@ -125,6 +135,19 @@ class Backward:
         )
         if self.ranks.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _wants_graphs(config: TrainerConfig, ranks: Ranks) -> bool:
+    """As configured; else on a GPU that is alone, with torch.compile, whose shapes are few."""
+    able = ranks.device.type == "cuda" and ranks.world_size == 1
+    if config.cuda_graphs and not able:
+        where = f"{ranks.world_size} ranks on {ranks.device.type}"
+        raise ConfigError(
+            f"cuda_graphs: true needs a single GPU, and this run has {where}. Leave the key out."
+        )
+    if config.cuda_graphs is None:
+        return able and config.compile is not False
+    return config.cuda_graphs
 
 
 def _warn_of_slow_numbers(precision: str) -> None:
