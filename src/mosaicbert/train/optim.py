@@ -199,7 +199,7 @@ class Muon(torch.optim.Optimizer):
             for (weight, _, rate, decay), update in zip(members, updates, strict=True):
                 if decay:
                     weight.sub_(weight * (update * weight > 0), alpha=decay)
-                weight.add_(update.to(weight.dtype), alpha=rate)
+                weight.add_(update, alpha=rate)  # cast in passing
         if self.rest is not None:
             self.rest.step()
 
