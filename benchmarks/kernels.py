@@ -87,7 +87,7 @@ def attention_rows(max_seqlen: int, spread: float) -> list[tuple[str, float, flo
     qkv = qkv.bfloat16()
     grad = torch.randn(TOKENS, HEADS, HEAD_DIM, device="cuda").bfloat16()
     args = (cu_seqlens, max_seqlen, slopes, -1)
-    out, lse, reach = attention_forward(qkv, *args)
+    out, lse, reach, _ = attention_forward(qkv, *args)
     forward = microseconds(lambda: attention_forward(qkv, *args))
     backward = microseconds(lambda: attention_backward(grad, qkv, out, lse, reach, *args))
     flops = 4.0 * HIDDEN * sum(n * n for n in sizes)
@@ -121,7 +121,7 @@ def norm_rows(dropout_p: float) -> list[tuple[str, float, float, float]]:
     x, residual, grad, other = torch.randn(4, TOKENS, HIDDEN, device="cuda").bfloat16()
     weight, bias, x_bias = torch.randn(3, HIDDEN, device="cuda")
     seed = torch.tensor([17], device="cuda")
-    _, mean, rstd = layer_norm_forward(x, residual, weight, bias, x_bias, 1e-12, dropout_p, seed)
+    _, mean, rstd, _ = layer_norm_forward(x, residual, weight, bias, x_bias, 1e-12, dropout_p, seed)
 
     def forward() -> object:
         return layer_norm_forward(x, residual, weight, bias, x_bias, 1e-12, dropout_p, seed)

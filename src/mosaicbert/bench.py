@@ -22,7 +22,7 @@ from mosaicbert.config import PretrainConfig, TrainerConfig, load_config
 from mosaicbert.data.packing import Sample, pack_samples, pad_samples
 from mosaicbert.data.tokenizers import load_tokenizer
 from mosaicbert.duration import Duration
-from mosaicbert.models.build import build_model, compile_model, is_packed
+from mosaicbert.models.build import build_model, compile_model, is_packed, use_fp8
 from mosaicbert.train.backward import Backward
 from mosaicbert.train.distributed import Ranks, init_ranks
 from mosaicbert.train.environment import describe_environment
@@ -244,6 +244,8 @@ def bench_of(config: PretrainConfig, ranks: Ranks) -> Bench:
         packed=is_packed(model),
         grid=run.wants_compile(config, ranks),
     )
+    if config.precision == "fp8":
+        use_fp8(model, ranks.device)
     if run.wants_compile(config, ranks):
         compile_model(model)
     return Bench(model, microbatches, config, ranks)

@@ -14,7 +14,7 @@ from mosaicbert.batch import Loader
 from mosaicbert.config import TrainerConfig
 from mosaicbert.duration import Duration
 from mosaicbert.errors import ConfigError
-from mosaicbert.models.build import compile_model
+from mosaicbert.models.build import compile_model, use_fp8
 from mosaicbert.redaction import RedactingFormatter, redact_text
 from mosaicbert.report import report_at_end
 from mosaicbert.train.best import Best
@@ -85,6 +85,8 @@ def train(
 ) -> TrainResult:
     """Train `model` as `config` says; everything but the model and the data is made here."""
     trained: Any = model
+    if config.precision == "fp8":
+        use_fp8(model, ranks.device)
     if wants_compile(config, ranks):
         compile_model(model)
     total = Duration.parse(config.max_duration)

@@ -99,7 +99,7 @@ def test_attention_skips_far_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     for at_least in (1 << 30, 1):
         monkeypatch.setattr(attention_module, "MIN_SKIPPED", at_least)
-        out, _, reach = attention_module.attention_forward(qkv, cu_seqlens, 200, slopes, -1)
+        out, _, reach, _ = attention_module.attention_forward(qkv, cu_seqlens, 200, slopes, -1)
         seen.append((out, *torch.autograd.grad(out.square().sum(), qkv), reach))
     assert seen[0][2].tolist() == [1 << 24] * HEADS
     assert all(5 < reach < 40 for reach in seen[1][2].tolist())
@@ -137,7 +137,7 @@ def test_geglu_dropout_repeats_its_mask() -> None:
     plain = geglu(x.detach())
     torch.testing.assert_close(out[kept], plain[kept] / 0.9)
     assert abs(float(kept.float().mean()) - 0.9) < 0.01  # 3.8 standard deviations
-    dx, again = geglu_backward(torch.ones_like(out), x.detach(), 0.1, SEED, True)
+    dx, again, _ = geglu_backward(torch.ones_like(out), x.detach(), 0.1, SEED, True)
     torch.testing.assert_close(again, out.detach())
     assert torch.equal(dx.chunk(2, dim=1)[1] != 0, kept)
     assert not torch.equal(geglu(x, 0.1, SEED + 1) != 0, kept)

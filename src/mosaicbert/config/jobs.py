@@ -30,8 +30,9 @@ class TrainerConfig(Strict):
     """Seed of weights, dropout and order."""
     device: Literal["cpu", "gpu", "cuda"] | None = None
     """Where to train. Default: a GPU where there is one."""
-    precision: Literal["fp32", "amp_bf16", "amp_fp16", "bf16"] | None = None
-    """Arithmetic. Default: `amp_bf16` on a GPU, `fp32` on a CPU."""
+    precision: Literal["fp32", "amp_bf16", "amp_fp16", "bf16", "fp8"] | None = None
+    """Arithmetic. Default: `amp_bf16` on a GPU, `fp32` on a CPU. `fp8` trains as `amp_bf16`, with
+    most matrix products of Mosaic BERT in 8 bits: for GPUs from compute capability 8.9 on."""
     compile: bool | None = None
     """Use torch.compile. Default: on a GPU."""
     cuda_graphs: bool | None = None
@@ -193,8 +194,9 @@ class GlueConfig(Strict):
     """Run jobs side by side: one a GPU, or several processes on a CPU."""
     jobs_per_gpu: PositiveInt | Literal["auto"] = 1
     """Jobs that share one GPU; `auto`: as many as its memory and the cores allow, at most 8."""
-    precision: Literal["fp32", "amp_bf16", "amp_fp16", "bf16"] | None = None
-    """Arithmetic. Default: `amp_bf16` on a GPU, `fp32` on a CPU."""
+    precision: Literal["fp32", "amp_bf16", "amp_fp16", "bf16", "fp8"] | None = None
+    """Arithmetic. Default: `amp_bf16` on a GPU, `fp32` on a CPU. `fp8` trains as `amp_bf16`, with
+    most matrix products of Mosaic BERT in 8 bits: for GPUs from compute capability 8.9 on."""
     device: Literal["cpu", "gpu", "cuda"] | None = None
     """Where to train. Default: a GPU where there is one."""
     compile: bool | None = None

@@ -12,6 +12,8 @@ from transformers import AutoConfig, BertConfig
 
 from mosaicbert.config.sections import AlgorithmsConfig, ModelConfig
 from mosaicbert.errors import ConfigError
+from mosaicbert.models import kernels
+from mosaicbert.models.attention import KERNEL_HEAD_DIMS
 from mosaicbert.models.checkpoints import load, load_weights
 from mosaicbert.models.configuration import (
     MODERN,
@@ -57,6 +59,7 @@ SHAPES = {
 }
 """Shapes known without a hub, as changes of BERT base."""
 
+_NOT_IN_FP8 = ("qk_norm", "value_skips", "unet_skips")
 _GRAPH_LIMIT = 64
 """Shapes of microbatches that one layer may be compiled for."""
 
@@ -203,6 +206,35 @@ def enable_gradient_checkpointing(model: Any) -> None:
     name = "activation_checkpointing_enable"
     enable = getattr(model, name, None) or model.gradient_checkpointing_enable
     enable()
+
+
+def use_fp8(model: nn.Module, device: torch.device) -> None:
+    """Train a Mosaic BERT's layers with matrix products in fp8, in place; see `models/fp8.py`.
+
+    Raises:
+        ConfigError: the model or the device cannot.
+    """
+    config: Any = model.config
+    why = None
+    if not isinstance(model, MosaicBertPreTrainedModel):
+        why = "hf_bert knows no fp8; mosaic_bert does"
+    elif kernels.why_not(device) is not None:
+        why = f"it needs the Triton kernels: {kernels.why_not(device)}"
+    elif device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        why = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.9"
+    elif config.hidden_size % 16 or config.intermediate_size % 16:
+        why = "hidden_size and intermediate_size must be multiples of 16"
+    elif config.head_dim not in KERNEL_HEAD_DIMS or config.attention_probs_dropout_prob > 0:
+        why = "it needs heads of 32, 64 or 128, without attention dropout"
+    else:
+        asked = [name for name in _NOT_IN_FP8 if getattr(config, name)]
+        asked += ["feed_forward: relu2"] if config.feed_forward != "geglu" else []
+        asked += ["position_encoding: rope"] if config.position_encoding == "rope" else []
+        why = f"it does not go with {', '.join(asked)}" if asked else None
+    if why is not None:
+        raise ConfigError(f"precision: fp8 cannot be used here: {why}. Use amp_bf16.")
+    encoder: Any = model.base_model
+    encoder.encoder.fp8 = True
 
 
 def is_packed(model: nn.Module) -> bool:

@@ -214,25 +214,38 @@ class MosaicBertLayer(nn.Module):
         plan: AttentionPlan,
         fused: bool,
         rows: Rows | None = None,
+        eight: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`x (total_nnz, hidden)` -> the same, and the values of the first layer.
 
-        With `rows`, everything after attention runs on these alone.
+        With `rows`, everything after attention runs on these alone. With `eight`, the `fp8.Scales`,
+        products are in fp8, and 8-bit copies of the input and output stand for the values.
         """
+        if eight is not None:
+            from mosaicbert.models.fp8 import layer_in_fp8
+
+            return layer_in_fp8(self, x, first_values, plan, rows, eight)
+        inputs = x
+        if self.pre_norm:
+            norm = self.attention.output.LayerNorm
+            x, inputs = sum_and_norm(None, x, None, norm, 0.0, fused)
+        attended, values = self.attention.self(inputs, plan, first_values)
+        return self.behind_attention(attended, x, fused, rows), values
+
+    def behind_attention(
+        self, attended: Tensor, x: Tensor, fused: bool, rows: Rows | None
+    ) -> Tensor:
+        """The rest: projection and feed-forward layer, each added to the residual `x`."""
         output, mlp = self.attention.output, self.mlp
         dropout_p = self.dropout if self.training else 0.0
-        if self.pre_norm:
-            x, normed = sum_and_norm(None, x, None, output.LayerNorm, 0.0, fused)
-            attended, values = self.attention.self(normed, plan, first_values)
-            attended, x = take_rows(attended, rows), take_rows(x, rows)
-            x, normed = sum_and_norm(attended, x, output.dense, mlp.layernorm, dropout_p, fused)
-            return x + mlp.wo(mlp.hidden(normed, fused)), values
-        attended, values = self.attention.self(x, plan, first_values)
         attended, x = take_rows(attended, rows), take_rows(x, rows)
+        if self.pre_norm:
+            x, normed = sum_and_norm(attended, x, output.dense, mlp.layernorm, dropout_p, fused)
+            return x + mlp.wo(mlp.hidden(normed, fused))
         x, residual = add_norm(attended, x, output.dense, output.LayerNorm, dropout_p, fused)
         hidden = mlp.hidden(x, fused)
         (x,) = add_norm(hidden, residual, mlp.wo, mlp.layernorm, 0.0, fused, times=1)
-        return x, values
+        return x
 
 
 def add_norm(
@@ -302,6 +315,7 @@ class MosaicBertEncoder(nn.Module):
             self.final_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         if config.unet_skips:  # the first half's outputs, last first, join the second half's inputs
             self.skip_weights = nn.Parameter(torch.ones(layers // 2))
+        self.fp8 = False  # set by `build.use_fp8`
         self.gradient_checkpointing = False  # both set by `gradient_checkpointing_enable`
         self._gradient_checkpointing_func: Callable[..., Any] | None = None
 
@@ -328,6 +342,13 @@ class MosaicBertEncoder(nn.Module):
         )
         return plan._replace(rotary=rotary)
 
+    def _begin_fp8(self, x: Tensor) -> tuple[Tensor | None, Any]:
+        """The 8-bit copy of the first layer's input, where it reads one, and the scales."""
+        from mosaicbert.models import fp8
+
+        copy = None if self.config.pre_norm else fp8.normed_in_eight(x)
+        return copy, fp8.make_scales(x.device)
+
     def forward(
         self,
         x: Tensor,
@@ -341,14 +362,17 @@ class MosaicBertEncoder(nn.Module):
         """
         fused = kernels.why_not(x.device) is None and x.dtype != torch.float64
         half = len(self.layer) // 2
-        values: Tensor | None = None
+        values, eight = None, None
+        if self.fp8 and self.training:
+            values, eight = self._begin_fp8(x)
         skips: list[Tensor] = []
         for index, layer in enumerate(self.layer):
             if hidden_states is not None:
                 hidden_states.append(x)
             if self.config.unet_skips and index >= len(self.layer) - half:
                 x = x + self.skip_weights[len(skips) - 1].to(x.dtype) * skips.pop()
-            args = (x, values, plan, fused, rows if index == len(self.layer) - 1 else None)
+            last = index == len(self.layer) - 1
+            args = (x, values, plan, fused, rows if last else None, eight)
             if self._gradient_checkpointing_func and self.gradient_checkpointing and self.training:
                 x, values = self._gradient_checkpointing_func(layer.__call__, *args)
             else:

@@ -155,7 +155,7 @@ def _path(config: PretrainConfig, machine: Machine, model: Any) -> memory.Path:
         compiled=gpu is not None if config.compile is None else config.compile,
         activation=4 if precision == "fp32" else 2,
         mask=1 if gpu else 4,
-        mixed=precision.startswith("amp"),
+        mixed=precision not in ("fp32", "bf16"),
     )
 
 

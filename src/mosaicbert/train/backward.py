@@ -18,12 +18,17 @@ from mosaicbert.train.split import split_batch
 
 log = logging.getLogger(__name__)
 
+FP8_LOSS_SCALE = 256.0
+"""`fp8`: of a summed loss. Gradients of activations then fit into float8_e5m2, whatever the number
+of targets: from some hundredths where the loss is high to 1e-7, the least that it can hold."""
+
 
 class Backward:
     """Called with a step's microbatches, leaves the gradients of its mean loss in `.grad`.
 
     The mean is over all targets of all ranks. `precision`: `fp32`; `amp_bf16` and `amp_fp16`
-    (autocast; the latter with a loss scale); `bf16` (weights and all in bfloat16).
+    (autocast; the latter with a loss scale); `fp8` (autocast to bf16; what else it takes, the model
+    does); `bf16` (weights and all in bfloat16).
     """
 
     def __init__(self, model: nn.Module, config: TrainerConfig, ranks: Ranks) -> None:
@@ -85,6 +90,8 @@ class Backward:
                     ) from error
                 out_of_memory = True
             self.reducer.finish()
+            if self.precision == "fp8":
+                self._scale_gradients(1.0 / (FP8_LOSS_SCALE * max(num_targets, 1)))
             if not (self.may_split and self.ranks.sum([out_of_memory])[0]):
                 return self.ranks.sum_(loss)
             self._halve(microbatches, batch_number)
@@ -101,14 +108,23 @@ class Backward:
 
     def _take(self, batch: Batch, num_targets: int | Tensor) -> Tensor:
         """Forward and backward pass of a batch on the device; its part of the mean loss."""
-        share = self.forward(batch).loss_sum / num_targets
-        self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
+        loss_sum = self.forward(batch).loss_sum
+        share = loss_sum / num_targets
+        if self.precision == "fp8":
+            (loss_sum * FP8_LOSS_SCALE).backward()  # type: ignore[no-untyped-call]
+        else:
+            self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
         return share.detach()
 
+    def _scale_gradients(self, factor: float) -> None:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, factor)
+
     def _autocast(self) -> AbstractContextManager[Any]:
-        if not self.precision.startswith("amp"):
+        if self.precision in ("fp32", "bf16"):
             return nullcontext()
-        dtype = torch.bfloat16 if self.precision == "amp_bf16" else torch.float16
+        dtype = torch.float16 if self.precision == "amp_fp16" else torch.bfloat16
         return torch.autocast(self.ranks.device.type, dtype=dtype)
 
     def _seed_dropout(self, batch_number: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mosaicbert.models.kernels import attention_short as short
 from mosaicbert.models.kernels import attention_tiled as tiled
+from mosaicbert.models.kernels.eight import NORMED, eight_like
 from mosaicbert.models.kernels.ops import kernel_op, launch
 
 LOG2_E = 1.4426950408889634
@@ -96,25 +97,34 @@ def _config(qkv: Tensor, window: int) -> dict[str, Any]:
 
 @kernel_op("alibi_attention")
 def attention_forward(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, slopes: Tensor, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, base-2 log-sum-exp `(heads, total_nnz)`, and how far each (sequence, head) sees."""
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    slopes: Tensor,
+    window: int,
+    eight: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, base-2 log-sum-exp `(heads, total_nnz)`, and how far each (sequence, head) sees.
+
+    Last the output in fp8, times `NORMED`, if `eight` (else empty).
+    """
     total_nnz, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(total_nnz, heads, head_dim)
     lse = qkv.new_empty(heads, total_nnz, dtype=torch.float32)
     units = (cu_seqlens.numel() - 1) * heads
-    args: tuple[Any, ...] = (qkv, out, lse, cu_seqlens, slopes, window, total_nnz)
-    config = _config(qkv, window)
+    out8 = eight_like(out, torch.float8_e4m3fn, eight)
+    args: tuple[Any, ...] = (qkv, out, out8, lse, cu_seqlens, slopes, window, total_nnz)
+    config = _config(qkv, window) | {"EIGHT": NORMED if eight else 0.0}
     block = short_block(qkv, max_seqlen)
     if block is not None:
         num_warps = short_warps(block)
         launch(short.forward_kernel, (units,), *args, **config, BLOCK=block, num_warps=num_warps)
-        return out, lse, cu_seqlens.new_empty(0)
+        return out, lse, cu_seqlens.new_empty(0), out8
     reach = cu_seqlens.new_full((units,), window if window >= 0 else tiled.UNLIMITED.value)
     if max_seqlen >= MIN_SKIPPED:
         launch(
-            tiled.reach_kernel, (units,), qkv, reach, cu_seqlens, slopes, window, **config,
-            ROWS=128, num_warps=8,
+            tiled.reach_kernel, (units,), qkv, reach, cu_seqlens, slopes, window,
+            **_config(qkv, window), ROWS=128, num_warps=8,
         )  # fmt: skip
     tile = tiles(qkv)[0]
     num_tiles = triton.cdiv(max_seqlen, tile.queries)
@@ -122,51 +132,52 @@ def attention_forward(
         tiled.forward_kernel, (units * num_tiles,), *args, reach, num_tiles, **config,
         **tile.config(),
     )  # fmt: skip
-    return out, lse, reach
+    return out, lse, reach, out8
 
 
 @kernel_op("alibi_attention_backward")
 def attention_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, reach: Tensor, cu_seqlens: Tensor,
-    max_seqlen: int, slopes: Tensor, window: int,
-) -> Tensor:  # fmt: skip
-    """Gradient of `qkv`."""
+    max_seqlen: int, slopes: Tensor, window: int, eight: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradient of `qkv`; and it in fp8, if `eight` (else empty)."""
     total_nnz, _, heads, head_dim = qkv.shape
     grad = grad.contiguous()
-    dqkv = torch.empty_like(qkv)
+    dqkv, dqkv8 = torch.empty_like(qkv), eight_like(qkv, torch.float8_e5m2, eight)
     units = (cu_seqlens.numel() - 1) * heads
-    config = _config(qkv, window)
+    config = _config(qkv, window) | {"EIGHT": eight}
     block = short_block(qkv, max_seqlen)
     if block is not None:
         short_kernel = short_config(block, heads, head_dim)
         launch(
-            short.backward_kernel, (units // short_kernel["GROUP"],), grad, qkv, dqkv, lse,
-            cu_seqlens, slopes, window, total_nnz, **config, BLOCK=block, **short_kernel,
+            short.backward_kernel, (units // short_kernel["GROUP"],), grad, qkv, dqkv,
+            dqkv8, lse, cu_seqlens, slopes, window, total_nnz, **config, BLOCK=block,
+            **short_kernel,
         )  # fmt: skip
-        return dqkv
+        return dqkv, dqkv8
     delta = torch.empty_like(lse)
     args: tuple[Any, ...] = (
-        grad, qkv, out, dqkv, lse, delta, cu_seqlens, slopes, window, total_nnz, reach,
+        grad, qkv, out, dqkv, dqkv8, lse, delta, cu_seqlens, slopes, window, total_nnz, reach,
     )  # fmt: skip
     _, dq_tile, dkv_tile = tiles(qkv)
     num_tiles = triton.cdiv(max_seqlen, dq_tile.queries)  # this kernel writes `delta` for the next
     launch(tiled.dq_kernel, (units * num_tiles,), *args, num_tiles, **config, **dq_tile.config())
     num_tiles = triton.cdiv(max_seqlen, dkv_tile.keys)
     launch(tiled.dkv_kernel, (units * num_tiles,), *args, num_tiles, **config, **dkv_tile.config())
-    return dqkv
+    return dqkv, dqkv8
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    qkv, cu_seqlens, ctx.max_seqlen, slopes, ctx.window = inputs
-    ctx.save_for_backward(qkv, *output, cu_seqlens, slopes)
+    qkv, cu_seqlens, ctx.max_seqlen, slopes, ctx.window, _ = inputs
+    ctx.save_for_backward(qkv, *output[:3], cu_seqlens, slopes)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     qkv, out, lse, reach, cu_seqlens, slopes = ctx.saved_tensors
-    dqkv = attention_backward(
+    dqkv, _ = attention_backward(
         grad, qkv, out, lse, reach, cu_seqlens, ctx.max_seqlen, slopes, ctx.window
     )
-    return dqkv, None, None, None, None
+    return dqkv, None, None, None, None, None
 
 
 attention_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -174,20 +185,27 @@ attention_forward.register_autograd(_backward, setup_context=_setup_context)
 
 @attention_forward.register_fake
 def _(
-    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, slopes: Tensor, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    slopes: Tensor,
+    window: int,
+    eight: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total_nnz, _, heads, head_dim = qkv.shape
     units = 0 if short_block(qkv, max_seqlen) else (cu_seqlens.numel() - 1) * heads
     lse = qkv.new_empty(heads, total_nnz, dtype=torch.float32)
-    return qkv.new_empty(total_nnz, heads, head_dim), lse, cu_seqlens.new_empty(units)
+    out = qkv.new_empty(total_nnz, heads, head_dim)
+    out8 = eight_like(out, torch.float8_e4m3fn, eight)
+    return out, lse, cu_seqlens.new_empty(units), out8
 
 
 @attention_backward.register_fake
 def _(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, reach: Tensor, cu_seqlens: Tensor,
-    max_seqlen: int, slopes: Tensor, window: int,
-) -> Tensor:  # fmt: skip
-    return torch.empty_like(qkv)
+    max_seqlen: int, slopes: Tensor, window: int, eight: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(qkv), eight_like(qkv, torch.float8_e5m2, eight)
 
 
 def alibi_attention(

@@ -9,15 +9,17 @@ head_dim)`, lse `(heads, total_nnz)`. Scores are in base 2: `SCALE` is log2(e) /
 import triton
 import triton.language as tl
 
+from mosaicbert.models.kernels.eight import store_eight
+
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 MASKED: tl.constexpr = tl.constexpr(-1e30)  # finite: rows that only fill the tile up see no key
 
 
 @triton.jit
 def forward_kernel(
-    qkv_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, slopes_ptr, window, total_nnz,
+    qkv_ptr, out_ptr, out8_ptr, lse_ptr, cu_seqlens_ptr, slopes_ptr, window, total_nnz,
     SCALE: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr,
+    EIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of one (sequence, head)."""
     HIDDEN: tl.constexpr = HEADS * HEAD_DIM
@@ -46,17 +48,19 @@ def forward_kernel(
     p = tl.exp2(s - highest[:, None])
     total = tl.sum(p, 1)
     out = tl.dot(p.to(v.dtype), v) / total[:, None]
-    at = start.to(tl.int64) * HIDDEN + head * HEAD_DIM
-    tl.store(out_ptr + at + pos[:, None] * HIDDEN + dim[None, :], out, mask=real[:, None])
+    at = start.to(tl.int64) * HIDDEN + head * HEAD_DIM + pos[:, None] * HIDDEN + dim[None, :]
+    tl.store(out_ptr + at, out, mask=real[:, None])
+    if EIGHT > 0:
+        store_eight(out8_ptr, at, out, real[:, None], EIGHT, 448.0)
     lse_ptrs = lse_ptr + head.to(tl.int64) * total_nnz + start + pos
     tl.store(lse_ptrs, highest + tl.log2(total), mask=real)
 
 
 @triton.jit
 def backward_kernel(
-    grad_ptr, qkv_ptr, dqkv_ptr, lse_ptr, cu_seqlens_ptr, slopes_ptr, window, total_nnz,
+    grad_ptr, qkv_ptr, dqkv_ptr, dqkv8_ptr, lse_ptr, cu_seqlens_ptr, slopes_ptr, window, total_nnz,
     SCALE: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr,
-    BLOCK: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    EIGHT: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of q, k and v of `GROUP` heads of one sequence, the next head loading meanwhile."""
     HIDDEN: tl.constexpr = HEADS * HEAD_DIM
@@ -86,12 +90,18 @@ def backward_kernel(
         if WINDOW:
             seen = seen & (tl.abs(pos[:, None] - pos[None, :]) <= window)
         p = tl.exp2(tl.where(seen, s - lse[:, None], MASKED))  # (queries, keys)
-        dq_ptrs = dqkv_ptr + wide + head * HEAD_DIM
+        dq_at = wide + head * HEAD_DIM
         dv = tl.dot(tl.trans(p.to(q.dtype)), grad)
-        tl.store(dq_ptrs + 2 * HIDDEN, dv, mask=real[:, None])
+        tl.store(dqkv_ptr + dq_at + 2 * HIDDEN, dv, mask=real[:, None])
+        if EIGHT:
+            store_eight(dqkv8_ptr, dq_at + 2 * HIDDEN, dv, real[:, None], 1.0, 57344.0)
         dp = tl.dot(grad, tl.trans(v))
         ds = (p * (dp - tl.sum(p * dp, 1)[:, None])).to(q.dtype)
         dq = tl.dot(ds, k) * (SCALE / LOG2_E)
-        tl.store(dq_ptrs, dq, mask=real[:, None])
+        tl.store(dqkv_ptr + dq_at, dq, mask=real[:, None])
+        if EIGHT:
+            store_eight(dqkv8_ptr, dq_at, dq, real[:, None], 1.0, 57344.0)
         dk = tl.dot(tl.trans(ds), q) * (SCALE / LOG2_E)
-        tl.store(dq_ptrs + HIDDEN, dk, mask=real[:, None])
+        tl.store(dqkv_ptr + dq_at + HIDDEN, dk, mask=real[:, None])
+        if EIGHT:
+            store_eight(dqkv8_ptr, dq_at + HIDDEN, dk, real[:, None], 1.0, 57344.0)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from mosaicbert.models.kernels.attention_short import LOG2_E, MASKED
+from mosaicbert.models.kernels.eight import store_eight
 
 FAR: tl.constexpr = tl.constexpr(1e30)
 LEAST_SLOPE: tl.constexpr = tl.constexpr(1e-20)  # stands for 0: FAR masks, and |i - j| adds nothing
@@ -86,10 +87,10 @@ def _places(i, length):
 
 @triton.jit
 def forward_kernel(
-    qkv_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, slopes_ptr, window, total_nnz, reach_ptr,
+    qkv_ptr, out_ptr, out8_ptr, lse_ptr, cu_seqlens_ptr, slopes_ptr, window, total_nnz, reach_ptr,
     num_tiles,
     SCALE: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    EIGHT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of one tile of queries."""
     HIDDEN: tl.constexpr = HEADS * HEAD_DIM
@@ -124,19 +125,21 @@ def forward_kernel(
         out = tl.dot(p.to(v.dtype), v, out, input_precision="ieee")
         highest = higher
     real = i < length
-    out_ptr += start.to(tl.int64) * HIDDEN + head * HEAD_DIM
-    out_ptrs = out_ptr + i[:, None] * HIDDEN + dim[None, :]
-    tl.store(out_ptrs, out / total[:, None], mask=real[:, None])
+    out_at = start.to(tl.int64) * HIDDEN + head * HEAD_DIM + i[:, None] * HIDDEN + dim[None, :]
+    out = out / total[:, None]
+    tl.store(out_ptr + out_at, out, mask=real[:, None])
+    if EIGHT > 0:
+        store_eight(out8_ptr, out_at, out, real[:, None], EIGHT, 448.0)
     lse_ptrs = lse_ptr + head.to(tl.int64) * total_nnz + start + i
     tl.store(lse_ptrs, highest + tl.log2(total), mask=real)
 
 
 @triton.jit
 def dq_kernel(
-    grad_ptr, qkv_ptr, out_ptr, dqkv_ptr, lse_ptr, delta_ptr, cu_seqlens_ptr, slopes_ptr,
-    window, total_nnz, reach_ptr, num_tiles,
+    grad_ptr, qkv_ptr, out_ptr, dqkv_ptr, dqkv8_ptr, lse_ptr, delta_ptr, cu_seqlens_ptr,
+    slopes_ptr, window, total_nnz, reach_ptr, num_tiles,
     SCALE: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    EIGHT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one tile of queries, and its delta."""
     HIDDEN: tl.constexpr = HEADS * HEAD_DIM
@@ -172,16 +175,19 @@ def dq_kernel(
         p = tl.exp2(s - lse[:, None])
         ds = (p * (dp - delta[:, None])).to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision="ieee")
-    dq_ptrs = dqkv_ptr + at + i[:, None] * (3 * HIDDEN) + dim[None, :]
-    tl.store(dq_ptrs, dq * (SCALE / LOG2_E), mask=real[:, None])
+    dq_at = at + i[:, None] * (3 * HIDDEN) + dim[None, :]
+    dq = dq * (SCALE / LOG2_E)
+    tl.store(dqkv_ptr + dq_at, dq, mask=real[:, None])
+    if EIGHT:
+        store_eight(dqkv8_ptr, dq_at, dq, real[:, None], 1.0, 57344.0)
 
 
 @triton.jit
 def dkv_kernel(
-    grad_ptr, qkv_ptr, out_ptr, dqkv_ptr, lse_ptr, delta_ptr, cu_seqlens_ptr, slopes_ptr,
-    window, total_nnz, reach_ptr, num_tiles,
+    grad_ptr, qkv_ptr, out_ptr, dqkv_ptr, dqkv8_ptr, lse_ptr, delta_ptr, cu_seqlens_ptr,
+    slopes_ptr, window, total_nnz, reach_ptr, num_tiles,
     SCALE: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    EIGHT: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of keys and values; scores transposed, `(keys, queries)`."""
     HIDDEN: tl.constexpr = HEADS * HEAD_DIM
@@ -221,6 +227,10 @@ def dkv_kernel(
         dp = tl.dot(v, tl.trans(grad), input_precision="ieee")
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
-    dk_ptrs = dqkv_ptr + at + HIDDEN + j[:, None] * (3 * HIDDEN) + dim[None, :]
-    tl.store(dk_ptrs, dk * (SCALE / LOG2_E), mask=real[:, None])
-    tl.store(dk_ptrs + HIDDEN, dv, mask=real[:, None])
+    dk_at = at + HIDDEN + j[:, None] * (3 * HIDDEN) + dim[None, :]
+    dk = dk * (SCALE / LOG2_E)
+    tl.store(dqkv_ptr + dk_at, dk, mask=real[:, None])
+    tl.store(dqkv_ptr + dk_at + HIDDEN, dv, mask=real[:, None])
+    if EIGHT:
+        store_eight(dqkv8_ptr, dk_at, dk, real[:, None], 1.0, 57344.0)
+        store_eight(dqkv8_ptr, dk_at + HIDDEN, dv, real[:, None], 1.0, 57344.0)

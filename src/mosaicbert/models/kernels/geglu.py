@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mosaicbert.models.kernels.dropout import dropout_config, keep_mask
+from mosaicbert.models.kernels.eight import GATED, eight_like, store_eight
 from mosaicbert.models.kernels.ops import kernel_op, launch
 
 
@@ -33,8 +34,8 @@ def _normal(x):
 
 @triton.jit
 def _geglu_forward_kernel(
-    x_ptr, out_ptr, seed_ptr, num_rows,
-    WIDTH: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    x_ptr, out_ptr, out8_ptr, seed_ptr, num_rows,
+    EIGHT: tl.constexpr, WIDTH: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     col_blocks = tl.cdiv(WIDTH, COLS)
@@ -49,13 +50,16 @@ def _geglu_forward_kernel(
     out = gate * cdf * up
     if DROP_BELOW > 0:
         out = tl.where(keep_mask(seed_ptr, row, col, DROP_BELOW), out * KEEP_SCALE, 0.0)
-    tl.store(out_ptr + row.to(tl.int64) * WIDTH + col, out, mask=inside)
+    narrow_at = row.to(tl.int64) * WIDTH + col
+    tl.store(out_ptr + narrow_at, out, mask=inside)
+    if EIGHT > 0:
+        store_eight(out8_ptr, narrow_at, out, inside, EIGHT, 448.0)
 
 
 @triton.jit
 def _geglu_backward_kernel(
-    grad_ptr, x_ptr, dx_ptr, out_ptr, seed_ptr, num_rows,
-    WIDTH: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    grad_ptr, x_ptr, dx_ptr, dx8_ptr, out_ptr, seed_ptr, num_rows,
+    EIGHT: tl.constexpr, WIDTH: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
     RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     col_blocks = tl.cdiv(WIDTH, COLS)
@@ -75,8 +79,12 @@ def _geglu_backward_kernel(
         keep = keep_mask(seed_ptr, row, col, DROP_BELOW)
         grad = tl.where(keep, grad * KEEP_SCALE, 0.0)
         out = tl.where(keep, out * KEEP_SCALE, 0.0)
-    tl.store(dx_ptr + at, grad * up * (cdf + gate * density), mask=inside)
-    tl.store(dx_ptr + at + WIDTH, grad * gelu, mask=inside)
+    dgate, dup = grad * up * (cdf + gate * density), grad * gelu
+    tl.store(dx_ptr + at, dgate, mask=inside)
+    tl.store(dx_ptr + at + WIDTH, dup, mask=inside)
+    if EIGHT:
+        store_eight(dx8_ptr, at, dgate, inside, 1.0, 57344.0)
+        store_eight(dx8_ptr, at + WIDTH, dup, inside, 1.0, 57344.0)
     if RECOMPUTE:
         tl.store(out_ptr + narrow_at, out, mask=inside)
 
@@ -92,63 +100,80 @@ def _tiling(num_rows: int, width: int) -> tuple[tuple[int], dict[str, int]]:
 
 
 @kernel_op("geglu")
-def geglu_forward(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """The op behind `geglu`."""
+def geglu_forward(
+    x: Tensor, dropout_p: float, seed: Tensor | None, eight: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The op behind `geglu`; and its output in fp8, times `GATED`, if `eight` (else empty)."""
     assert x.ndim == 2
     assert x.shape[1] % 2 == 0
     assert x.is_contiguous()
     num_rows, width = x.shape[0], x.shape[1] // 2
     out = x.new_empty(num_rows, width)
+    out8 = eight_like(out, torch.float8_e4m3fn, eight)
     dropout = dropout_config(dropout_p, seed)
     if out.numel():
         grid, config = _tiling(num_rows, width)
         launch(
-            _geglu_forward_kernel, grid, x, out, x if seed is None else seed, num_rows, **dropout,
-            **config, num_warps=2,
+            _geglu_forward_kernel, grid, x, out, out8, x if seed is None else seed, num_rows,
+            EIGHT=GATED if eight else 0.0, **dropout, **config, num_warps=2,
         )  # fmt: skip
-    return out
+    return out, out8
 
 
 @kernel_op("geglu_backward")
 def geglu_backward(
-    grad: Tensor, x: Tensor, dropout_p: float, seed: Tensor | None, recompute: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradient of `x`, and `geglu(x)` once more if `recompute` (else an empty tensor)."""
+    grad: Tensor,
+    x: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    recompute: bool,
+    eight: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of `x`; `geglu(x)` once more if `recompute`, dx in fp8 if `eight` (else empty)."""
     num_rows, width = x.shape[0], x.shape[1] // 2
     grad = grad.contiguous()
     dx = torch.empty_like(x)
+    dx8 = eight_like(x, torch.float8_e5m2, eight)
     out = x.new_empty(num_rows, width) if recompute else x.new_empty(0)
     dropout = dropout_config(dropout_p, seed)
     if dx.numel():
         grid, config = _tiling(num_rows, width)
         launch(
-            _geglu_backward_kernel, grid, grad, x, dx, out, x if seed is None else seed, num_rows,
-            **dropout, RECOMPUTE=recompute, **config, num_warps=8,
+            _geglu_backward_kernel, grid, grad, x, dx, dx8, out, x if seed is None else seed,
+            num_rows, EIGHT=eight, **dropout, RECOMPUTE=recompute, **config, num_warps=8,
         )  # fmt: skip
-    return dx, out
+    return dx, out, dx8
 
 
 @geglu_forward.register_fake
-def _(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[1] // 2)
+def _(
+    x: Tensor, dropout_p: float, seed: Tensor | None, eight: bool = False
+) -> tuple[Tensor, Tensor]:
+    out = x.new_empty(x.shape[0], x.shape[1] // 2)
+    return out, eight_like(out, torch.float8_e4m3fn, eight)
 
 
 @geglu_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, dropout_p: float, seed: Tensor | None, recompute: bool
-) -> tuple[Tensor, Tensor]:
+    grad: Tensor,
+    x: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    recompute: bool,
+    eight: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     out = x.new_empty(x.shape[0], x.shape[1] // 2) if recompute else x.new_empty(0)
-    return torch.empty_like(x), out
+    return torch.empty_like(x), out, eight_like(x, torch.float8_e5m2, eight)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, ctx.dropout_p, seed = inputs
+    x, ctx.dropout_p, seed, _ = inputs
     ctx.save_for_backward(x, seed)
 
 
-def _backward(ctx, grad):
+def _backward(ctx, grad, _):
     x, seed = ctx.saved_tensors
-    return geglu_backward(grad, x, ctx.dropout_p, seed, False)[0], None, None
+    return geglu_backward(grad, x, ctx.dropout_p, seed, False)[0], None, None, None
 
 
 geglu_forward.register_autograd(_backward, setup_context=_setup_context)
@@ -159,7 +184,7 @@ def geglu(x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tens
 
     `seed` (int64, one element, on the device of `x`) decides the dropout mask.
     """
-    out: Tensor = geglu_forward(x.contiguous(), dropout_p, seed)
+    out: Tensor = geglu_forward(x.contiguous(), dropout_p, seed)[0]
     return out
 
 
@@ -170,14 +195,14 @@ class _GegluLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.dropout_p = dropout_p
         ctx.save_for_backward(x, weight, seed)
-        out: Tensor = geglu_forward(x, dropout_p, seed) @ weight.to(x.dtype).T
+        out: Tensor = geglu_forward(x, dropout_p, seed)[0] @ weight.to(x.dtype).T
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, seed = ctx.saved_tensors
         (grad,) = grads
-        dx, out = geglu_backward(grad @ weight.to(x.dtype), x, ctx.dropout_p, seed, True)
+        dx, out, _ = geglu_backward(grad @ weight.to(x.dtype), x, ctx.dropout_p, seed, True)
         return dx, (grad.T @ out).to(weight.dtype), None, None
 
 

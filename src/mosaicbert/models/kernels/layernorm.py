@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mosaicbert.models.kernels.dropout import dropout_config, keep_mask
+from mosaicbert.models.kernels.eight import NORMED, eight_like, store_eight
 from mosaicbert.models.kernels.ops import kernel_op, launch
 
 
@@ -37,10 +38,10 @@ def _summed(
 
 @triton.jit
 def _norm_forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, out_ptr, sum_ptr, mean_ptr,
-    rstd_ptr, num_rows,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, x_bias_ptr, seed_ptr, out_ptr, out8_ptr, sum_ptr,
+    mean_ptr, rstd_ptr, num_rows,
     WIDTH: tl.constexpr, EPS: tl.constexpr, ADD: tl.constexpr, X_BIAS: tl.constexpr,
-    KEEP_SUM: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    KEEP_SUM: tl.constexpr, EIGHT: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Without `ADD`, the norm of `residual` alone. `KEEP_SUM` also writes what is normed."""
@@ -70,6 +71,8 @@ def _norm_forward_kernel(
     bias = tl.load(bias_ptr + col, mask=in_row, other=0.0).to(tl.float32)
     out = centred * rstd[:, None] * weight + bias
     tl.store(out_ptr + at, out, mask=inside)
+    if EIGHT > 0:
+        store_eight(out8_ptr, at, out, inside, EIGHT, 448.0)
     tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
@@ -77,9 +80,9 @@ def _norm_forward_kernel(
 @triton.jit
 def _norm_backward_kernel(
     grad_ptr, other_grad_ptr, x_ptr, residual_ptr, weight_ptr, x_bias_ptr, seed_ptr, mean_ptr,
-    rstd_ptr, dx_ptr, dresidual_ptr, partial_ptr, num_rows,
+    rstd_ptr, dx_ptr, dx8_ptr, dresidual_ptr, partial_ptr, num_rows,
     WIDTH: tl.constexpr, OTHER_GRAD: tl.constexpr, OF_SUM: tl.constexpr, X_BIAS: tl.constexpr,
-    SPLIT: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
+    SPLIT: tl.constexpr, EIGHT: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`SPLIT`: dx is not simply dresidual, so it is written beside it.
@@ -130,6 +133,8 @@ def _norm_backward_kernel(
             dz = tl.where(keep, dz * KEEP_SCALE, 0.0)
         if SPLIT:
             tl.store(dx_ptr + at, dz, mask=inside)
+        if EIGHT:
+            store_eight(dx8_ptr, at, dz, inside, 1.0, 57344.0)
         if X_BIAS:
             dx_bias += tl.where(inside, dz, 0.0)
     partial_ptrs = partial_ptr + tl.program_id(0) * 3 * WIDTH + tl.arange(0, COLS)
@@ -156,70 +161,80 @@ def _programs(device: torch.device, num_rows: int) -> int:
 @kernel_op("residual_layer_norm")
 def layer_norm_forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None, eps: float,
-    dropout_p: float, seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output, mean and reciprocal deviation of each row."""
+    dropout_p: float, seed: Tensor | None, eight: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Output, mean and reciprocal deviation of each row; output in fp8 if `eight` (else empty)."""
     assert x.ndim == 2
     assert x.shape == residual.shape
     assert x.is_contiguous()
     assert residual.is_contiguous()
     num_rows, width = x.shape
     out = torch.empty_like(residual)
+    out8 = eight_like(out, torch.float8_e4m3fn, eight)
     mean = x.new_empty(num_rows, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     dropout = dropout_config(dropout_p, seed)
     if num_rows:
         launch(
             _norm_forward_kernel, (triton.cdiv(num_rows, FORWARD["ROWS"]),), x, residual, weight,
-            bias, x_bias, x if seed is None else seed, out, out, mean, rstd, num_rows, WIDTH=width,
-            EPS=eps, ADD=True, X_BIAS=x_bias is not None, KEEP_SUM=False, **dropout,
-            COLS=triton.next_power_of_2(width), **FORWARD,
+            bias, x_bias, x if seed is None else seed, out, out8, out, mean, rstd, num_rows,
+            WIDTH=width, EPS=eps, ADD=True, X_BIAS=x_bias is not None, KEEP_SUM=False,
+            EIGHT=NORMED if eight else 0.0, **dropout, COLS=triton.next_power_of_2(width),
+            **FORWARD,
         )  # fmt: skip
-    return out, mean, rstd
+    return out, mean, rstd, out8
 
 
 @kernel_op("residual_layer_norm_backward")
 def layer_norm_backward(
     grad: Tensor, other_grad: Tensor | None, x: Tensor, residual: Tensor, weight: Tensor,
     x_bias: Tensor | None, mean: Tensor, rstd: Tensor, dropout_p: float, seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients: dx (empty if it is dresidual), dresidual, `(3, width)` dweight, dbias, dx_bias."""
+    eight: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients: dx (empty if it is dresidual), dresidual, `(3, width)` dweight, dbias, dx_bias.
+
+    Last dx in fp8, if `eight` (else empty).
+    """
     num_rows, width = x.shape
     grad = grad.contiguous()
     other_grad = None if other_grad is None else other_grad.contiguous()
     dropout = dropout_config(dropout_p, seed)
     split = dropout_p > 0 or x.dtype != residual.dtype
     dx, dresidual = torch.empty_like(x) if split else x.new_empty(0), torch.empty_like(residual)
+    dx8 = eight_like(x, torch.float8_e5m2, eight)
     if not num_rows:
-        return dx, dresidual, mean.new_zeros(3, width)
+        return dx, dresidual, mean.new_zeros(3, width), dx8
     programs = _programs(x.device, num_rows)
     partial = mean.new_empty(programs, 3, width)
     launch(
         _norm_backward_kernel, (programs,), grad, other_grad, x, residual, weight, x_bias,
-        x if seed is None else seed, mean, rstd, dx, dresidual, partial, num_rows, WIDTH=width,
+        x if seed is None else seed, mean, rstd, dx, dx8, dresidual, partial, num_rows, WIDTH=width,
         OTHER_GRAD=other_grad is not None, OF_SUM=False, X_BIAS=x_bias is not None, SPLIT=split,
-        **dropout, COLS=triton.next_power_of_2(width), **BACKWARD,
+        EIGHT=eight, **dropout, COLS=triton.next_power_of_2(width), **BACKWARD,
     )  # fmt: skip
-    return dx, dresidual, partial.sum(0)
+    return dx, dresidual, partial.sum(0), dx8
 
 
 @layer_norm_forward.register_fake
 def _(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None, eps: float,
-    dropout_p: float, seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dropout_p: float, seed: Tensor | None, eight: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     statistic = x.new_empty(x.shape[0], dtype=torch.float32)
-    return torch.empty_like(residual), statistic, torch.empty_like(statistic)
+    out8 = eight_like(residual, torch.float8_e4m3fn, eight)
+    return torch.empty_like(residual), statistic, torch.empty_like(statistic), out8
 
 
 @layer_norm_backward.register_fake
 def _(
     grad: Tensor, other_grad: Tensor | None, x: Tensor, residual: Tensor, weight: Tensor,
     x_bias: Tensor | None, mean: Tensor, rstd: Tensor, dropout_p: float, seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    eight: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     split = dropout_p > 0 or x.dtype != residual.dtype
     dx = torch.empty_like(x) if split else x.new_empty(0)
-    return dx, torch.empty_like(residual), mean.new_empty(3, x.shape[1])
+    dx8 = eight_like(x, torch.float8_e5m2, eight)
+    return dx, torch.empty_like(residual), mean.new_empty(3, x.shape[1]), dx8
 
 
 class _ResidualLayerNorm(torch.autograd.Function):
@@ -230,7 +245,7 @@ class _ResidualLayerNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor,
         x_bias: Tensor | None, eps: float, dropout_p: float, seed: Tensor | None, times: int,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        out, mean, rstd = layer_norm_forward(
+        out, mean, rstd, _ = layer_norm_forward(
             x, residual, weight, bias, x_bias, eps, dropout_p, seed
         )
         ctx.dropout_p = dropout_p
@@ -242,7 +257,7 @@ class _ResidualLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, residual, weight, bias, x_bias, mean, rstd, seed = ctx.saved_tensors
         first, *others = [grad for grad in grads if grad is not None]
-        dx, dresidual, sums = layer_norm_backward(
+        dx, dresidual, sums, _ = layer_norm_backward(
             first, others[0] if others else None, x, residual, weight, x_bias, mean, rstd,
             ctx.dropout_p, seed,
         )  # fmt: skip
@@ -277,14 +292,18 @@ def residual_layer_norm(
 @kernel_op("sum_layer_norm")
 def sum_norm_forward(
     x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None,
-    eps: float, dropout_p: float, seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The sum (empty without `x`: it is `residual`), its norm, mean and reciprocal deviation."""
+    eps: float, dropout_p: float, seed: Tensor | None, eight: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sum (empty without `x`: it is `residual`), its norm, mean and reciprocal deviation.
+
+    Last the norm in fp8, if `eight` (else empty).
+    """
     assert residual.ndim == 2
     assert residual.is_contiguous()
     assert x is None or (x.shape == residual.shape and x.is_contiguous())
     num_rows, width = residual.shape
     out = torch.empty_like(residual)
+    out8 = eight_like(out, torch.float8_e4m3fn, eight)
     total = residual.new_empty(0) if x is None else torch.empty_like(residual)
     mean = residual.new_empty(num_rows, dtype=torch.float32)
     rstd = torch.empty_like(mean)
@@ -292,55 +311,61 @@ def sum_norm_forward(
     if num_rows:
         launch(
             _norm_forward_kernel, (triton.cdiv(num_rows, FORWARD["ROWS"]),), x, residual, weight,
-            bias, x_bias, residual if seed is None else seed, out, total, mean, rstd, num_rows,
-            WIDTH=width, EPS=eps, ADD=x is not None, X_BIAS=x_bias is not None,
-            KEEP_SUM=x is not None, **dropout, COLS=triton.next_power_of_2(width), **FORWARD,
+            bias, x_bias, residual if seed is None else seed, out, out8, total, mean, rstd,
+            num_rows, WIDTH=width, EPS=eps, ADD=x is not None, X_BIAS=x_bias is not None,
+            KEEP_SUM=x is not None, EIGHT=NORMED if eight else 0.0, **dropout,
+            COLS=triton.next_power_of_2(width), **FORWARD,
         )  # fmt: skip
-    return total, out, mean, rstd
+    return total, out, mean, rstd, out8
 
 
 @kernel_op("sum_layer_norm_backward")
 def sum_norm_backward(
     grad: Tensor, sum_grad: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor,
-    rstd: Tensor, has_x_bias: bool, dropout_p: float, seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients: dx (empty if it is dresidual), dresidual, `(3, width)` dweight, dbias, dx_bias."""
+    rstd: Tensor, has_x_bias: bool, dropout_p: float, seed: Tensor | None, eight: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients: dx (empty if it is dresidual), dresidual, `(3, width)` dweight, dbias, dx_bias.
+
+    Last dx in fp8, if `eight` (else empty).
+    """
     num_rows, width = total.shape
     grad = grad.contiguous()
     sum_grad = None if sum_grad is None else sum_grad.contiguous()
     dropout = dropout_config(dropout_p, seed)
     dx = torch.empty_like(total) if dropout_p > 0 else total.new_empty(0)
-    dresidual = torch.empty_like(total)
+    dresidual, dx8 = torch.empty_like(total), eight_like(total, torch.float8_e5m2, eight)
     if not num_rows:
-        return dx, dresidual, mean.new_zeros(3, width)
+        return dx, dresidual, mean.new_zeros(3, width), dx8
     programs = _programs(total.device, num_rows)
     partial = mean.new_empty(programs, 3, width)
     launch(
         _norm_backward_kernel, (programs,), grad, sum_grad, total, total, weight, None,
-        total if seed is None else seed, mean, rstd, dx, dresidual, partial, num_rows, WIDTH=width,
-        OTHER_GRAD=sum_grad is not None, OF_SUM=True, X_BIAS=has_x_bias, SPLIT=dropout_p > 0,
-        **dropout, COLS=triton.next_power_of_2(width), **BACKWARD,
+        total if seed is None else seed, mean, rstd, dx, dx8, dresidual, partial, num_rows,
+        WIDTH=width, OTHER_GRAD=sum_grad is not None, OF_SUM=True, X_BIAS=has_x_bias,
+        SPLIT=dropout_p > 0, EIGHT=eight, **dropout, COLS=triton.next_power_of_2(width), **BACKWARD,
     )  # fmt: skip
-    return dx, dresidual, partial.sum(0)
+    return dx, dresidual, partial.sum(0), dx8
 
 
 @sum_norm_forward.register_fake
 def _(
     x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None,
-    eps: float, dropout_p: float, seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    eps: float, dropout_p: float, seed: Tensor | None, eight: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     statistic = residual.new_empty(residual.shape[0], dtype=torch.float32)
     total = residual.new_empty(0) if x is None else torch.empty_like(residual)
-    return total, torch.empty_like(residual), statistic, torch.empty_like(statistic)
+    out, out8 = torch.empty_like(residual), eight_like(residual, torch.float8_e4m3fn, eight)
+    return total, out, statistic, torch.empty_like(statistic), out8
 
 
 @sum_norm_backward.register_fake
 def _(
     grad: Tensor, sum_grad: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor,
-    rstd: Tensor, has_x_bias: bool, dropout_p: float, seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    rstd: Tensor, has_x_bias: bool, dropout_p: float, seed: Tensor | None, eight: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx = torch.empty_like(total) if dropout_p > 0 else total.new_empty(0)
-    return dx, torch.empty_like(total), mean.new_empty(3, total.shape[1])
+    dx8 = eight_like(total, torch.float8_e5m2, eight)
+    return dx, torch.empty_like(total), mean.new_empty(3, total.shape[1]), dx8
 
 
 class _SumLayerNorm(torch.autograd.Function):
@@ -349,7 +374,7 @@ class _SumLayerNorm(torch.autograd.Function):
         ctx: Any, x: Tensor | None, residual: Tensor, weight: Tensor, bias: Tensor,
         x_bias: Tensor | None, eps: float, dropout_p: float, seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        total, out, mean, rstd = sum_norm_forward(
+        total, out, mean, rstd, _ = sum_norm_forward(
             x, residual, weight, bias, x_bias, eps, dropout_p, seed
         )
         total = residual.view_as(residual) if x is None else total
@@ -364,7 +389,7 @@ class _SumLayerNorm(torch.autograd.Function):
         sum_grad, grad = grads
         if grad is None:
             grad = torch.zeros_like(total)
-        dx, dresidual, sums = sum_norm_backward(
+        dx, dresidual, sums, _ = sum_norm_backward(
             grad, sum_grad, total, weight, mean, rstd, ctx.has_x_bias, ctx.dropout_p, seed
         )
         dx_of_x = None

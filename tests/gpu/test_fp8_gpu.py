@@ -1,0 +1,54 @@
+"""`precision: fp8` on a GPU: loss and gradients against float64, compiled or not."""
+
+import math
+
+import pytest
+import torch
+from test_mosaic_bert_gpu import batch, model, reference
+
+from mosaicbert.config.jobs import TrainerConfig
+from mosaicbert.models.build import compile_model, use_fp8
+from mosaicbert.models.configuration import MODERN
+from mosaicbert.train.backward import Backward
+from mosaicbert.train.distributed import Ranks
+
+DEVICE = torch.device("cuda")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
+        reason="needs a CUDA device with fp8",
+    ),
+]
+LENGTHS = {"short": (128, 1, 77, 0, 100, 16, 128), "tiled": (300, 1, 77, 0, 512, 16, 6)}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "changes", [{}, MODERN | {"zero_init_outputs": False}], ids=["post", "pre"]
+)
+def test_fp8(changes, compiled, lengths):
+    on = batch(LENGTHS[lengths])
+    built = model(**{"hidden_dropout_prob": 0.0, **changes})
+    want, exact = reference(built, on)
+    use_fp8(built, DEVICE)
+    if compiled:
+        compile_model(built)
+    values = {"max_duration": "1ba", "global_train_batch_size": 8, "precision": "fp8"}
+    backward = Backward(built.train(), TrainerConfig.model_validate(values), Ranks(0, 1, 0, DEVICE))
+    for number in range(4):  # as it is, recorded, replayed
+        loss = backward([on], on.num_targets, number)
+        assert loss.item() == pytest.approx(want / on.num_targets, rel=1e-2)
+        errors = {
+            name: (p.grad.double() * on.num_targets - exact[name]).norm().item()
+            for name, p in built.named_parameters()
+        }
+        whole = math.hypot(*errors.values()) / math.hypot(
+            *(g.norm().item() for g in exact.values())
+        )
+        print(f"off: {number} {whole:.4f}")
+        assert whole < 0.06
+    assert backward.graphs is not None
+    assert len(backward.graphs) == 1

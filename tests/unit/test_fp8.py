@@ -1,0 +1,161 @@
+"""Matrix products in fp8, with the kernels in Triton's interpreter, against float64."""
+
+import copy
+
+import numpy
+import pytest
+import torch
+from packaging.version import Version
+
+from mosaicbert.batch import Batch
+from mosaicbert.config.jobs import TrainerConfig
+from mosaicbert.errors import ConfigError
+from mosaicbert.models import kernels
+from mosaicbert.models.build import use_fp8
+from mosaicbert.models.configuration import MODERN, MosaicBertConfig
+from mosaicbert.models.mosaic_bert import MosaicBertForMaskedLM
+from mosaicbert.train.backward import Backward
+from mosaicbert.train.distributed import Ranks
+
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu runs the kernels themselves", allow_module_level=True)
+triton = pytest.importorskip("triton", reason="the kernels need triton")
+if Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"):
+    pytest.skip("the interpreter of triton < 3.7 needs numpy < 2.4", allow_module_level=True)
+
+CPU = torch.device("cpu")
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 96,
+    "hidden_dropout_prob": 0.0,
+    "attention_backend": "triton",
+}
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("TRITON_INTERPRET is not 1 (tests/conftest.py sets it)")
+    monkeypatch.setattr(kernels, "why_not", lambda device: None)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    lengths = (14, 1, 0, 9)
+    positions = torch.randperm(24, generator=generator)[:8].sort().values
+    return Batch(
+        input_ids=torch.randint(97, (24,), generator=generator),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+        max_seqlen=14,
+        target_positions=positions,
+        labels=torch.randint(97, positions.shape, generator=generator),
+        num_targets=8,
+        num_tokens=24,
+        num_samples=4,
+    )
+
+
+def made(**changes):
+    torch.manual_seed(0)
+    model = MosaicBertForMaskedLM(MosaicBertConfig(**SHAPE | changes)).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def gradients(model):
+    return torch.cat([p.grad.double().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, MODERN | {"zero_init_outputs": False}], ids=["post", "pre"]
+)
+def test_loss_and_gradients(changes, interpreted, monkeypatch):
+    model, on = made(**changes), batch()
+    exact = copy.deepcopy(model).double()
+    exact.config.attention_backend = "reference"
+    loss = exact.loss(on).loss_sum / on.num_targets
+    loss.backward()
+    use_fp8(model, CPU)
+    values = {"max_duration": "1ba", "global_train_batch_size": 4, "precision": "fp8"}
+    backward = Backward(model, TrainerConfig.model_validate(values), Ranks(0, 1, 0, CPU))
+    monkeypatch.setattr(backward, "_autocast", lambda: torch.autocast("cpu", enabled=False))
+    got = backward([on], on.num_targets, 0)
+    assert got.item() == pytest.approx(loss.item(), rel=1e-2)
+    error = (gradients(model) - gradients(exact)).norm() / gradients(exact).norm()
+    assert 1e-4 < error < 0.06  # it is fp8, and it is near
+
+
+def same(got, want):
+    """Equal, but for the interpreter's rounding of numbers too small to be normal."""
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got.float(), want.float(), rtol=0.0, atol=2**-8)
+
+
+def test_eight_bits_are_those_of_16(interpreted):
+    """The copies that kernels write are casts of what they write beside them."""
+    from mosaicbert.models.fp8 import to_eight
+    from mosaicbert.models.kernels.eight import GATED, NORMED
+    from mosaicbert.models.kernels.geglu import geglu_backward, geglu_forward
+    from mosaicbert.models.kernels.layernorm import sum_norm_backward, sum_norm_forward
+
+    torch.manual_seed(0)
+    x = torch.randn(5, 64) * 20
+    out, out8 = geglu_forward(x, 0.0, None, True)
+    assert (out.abs() * GATED > 448).any()  # some are clipped
+    same(out8, to_eight(out, GATED))
+    dx, _, dx8 = geglu_backward(torch.randn(5, 32), x, 0.0, None, False, True)
+    same(dx8, to_eight(dx, 1.0, torch.float8_e5m2))
+    weight, bias = torch.randn(2, 64)
+    total, out, mean, rstd, out8 = sum_norm_forward(
+        x, x, weight, bias, None, 1e-12, 0.0, None, True
+    )
+    same(out8, to_eight(out, NORMED))
+    _, dx, _, dx8 = sum_norm_backward(
+        torch.randn(5, 64), None, total, weight, mean, rstd, False, 0.0, None, True
+    )
+    same(dx8, to_eight(dx, 1.0, torch.float8_e5m2))
+
+
+def test_evaluation_is_not_in_fp8(interpreted):
+    model, on = made(), batch()
+    with torch.no_grad():
+        before = model.eval().loss(on).loss_sum
+        use_fp8(model, CPU)
+        assert torch.equal(model.eval().loss(on).loss_sum, before)
+        assert not torch.equal(model.train().loss(on).loss_sum, before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"qk_norm": True, "unet_skips": True}, "qk_norm, unet_skips"),
+        ({"feed_forward": "relu2"}, "feed_forward: relu2"),
+        ({"position_encoding": "rope"}, "position_encoding: rope"),
+        ({"hidden_size": 72, "num_attention_heads": 1}, "multiples of 16"),
+        ({"num_attention_heads": 1, "attention_probs_dropout_prob": 0.1}, "attention dropout"),
+    ],
+)
+def test_what_cannot_be(changes, reason, interpreted):
+    with pytest.raises(ConfigError, match=f"precision: fp8 cannot be used here: .*{reason}"):
+        use_fp8(made(**changes), CPU)
+
+
+def test_where_it_cannot_be():
+    with pytest.raises(ConfigError, match=r"the device is cpu\. Use amp_bf16"):
+        use_fp8(made(), CPU)
+    with pytest.raises(ConfigError, match="hf_bert knows no fp8"):
+        use_fp8(_hf(), CPU)
+
+
+def _hf():
+    from transformers import BertConfig
+
+    from mosaicbert.models.hf_bert import BertForMaskedLM
+
+    sizes = {key: SHAPE[key] for key in SHAPE if key != "attention_backend"}
+    return BertForMaskedLM(BertConfig(**sizes))
