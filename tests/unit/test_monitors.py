@@ -76,6 +76,17 @@ def test_flops_depend_on_the_mean_length():
     assert metrics["throughput/device/flops_per_sec"] == 100 * 1000 / 2
 
 
+def test_flops_are_counted_once_a_step():
+    calls = []
+    monitor = speed(window=50, flops=lambda length: calls.append(length) or length)
+    for batch in range(1, 21):
+        metrics = monitor.after_step(record(batch, tokens=1000 + batch), None)
+    assert len(calls) == 20
+    tokens = [1000 + batch for batch in range(2, 21)]  # the first has left the window
+    flops = sum(t * t / 10 for t in tokens) / 38.0 / 2
+    assert metrics["throughput/device/flops_per_sec"] == pytest.approx(flops)
+
+
 def test_learning_rates():
     assert LRMonitor().after_step(record(lr={"adamw": 0.1, "muon": 0.02}), None) == {
         "lr": 0.1,

@@ -98,6 +98,7 @@ class SpeedMonitor:
         peak_flops: float | None,
     ) -> None:
         self.window: deque[StepRecord] = deque(maxlen=window_size)
+        self._window_flops: deque[float] = deque(maxlen=window_size)
         self.flops_per_token = flops_per_token
         self.world_size = world_size
         self.peak_flops = peak_flops
@@ -108,14 +109,16 @@ class SpeedMonitor:
         self._num_steps += 1
         if self._num_steps == 2:
             self.window.clear()
+            self._window_flops.clear()
         self.window.append(record)
+        self._window_flops.append(self._flops(record))  # once a step: a model counts for long
         seconds = sum(step.seconds for step in self.window)
         if seconds <= 0:
             return {}
         tokens = sum(step.num_tokens for step in self.window) / seconds
         samples = sum(step.num_samples for step in self.window) / seconds
         batches = len(self.window) / seconds
-        flops = sum(self._flops(step) for step in self.window) / seconds / self.world_size
+        flops = sum(self._window_flops) / seconds / self.world_size
         metrics = {
             "throughput/tokens_per_sec": tokens,
             "throughput/samples_per_sec": samples,
