@@ -5,13 +5,15 @@
         [--device cpu --tiny]
 
 One process. Every row is a model with its optimizer (AdamW); a step is forward, backward and update
-through the trainer's own classes, over `--batch` samples (fewer of longer ones, so that tokens stay
-about the same) in microbatches: the same made-up samples for all rows, 70 % of them full and the
-rest evenly from an eighth of the length on, packed for Mosaic BERT and padded for the others. All
-rows are warmed up, then timed in turn, `--repeats` times over; figures are medians.
+through the trainer's own classes (compiled rows as CUDA graphs, as the trainer runs them), over
+`--batch` samples (fewer of longer ones, so that tokens stay about the same) in microbatches: the
+same made-up samples for all rows, 70 % of them full and the rest evenly from an eighth of the
+length on, packed for Mosaic BERT and padded for the others. Each row is warmed up and timed
+`--repeats` times, figures are medians; the first row comes once more at the end, which shows how
+far the machine drifted. (Rows cannot take turns: graphs hold their memory.)
 Tokens are real ones. MFU: 6 FLOPs for each real token and weight of a matrix (MLM head, and what
 runs on masked tokens only: for these), plus 12 * width * layers * mean length for attention, over
-the dense bf16 peak (H100: 989 TFLOP/s).
+the dense bf16 peak (H100: 989 TFLOP/s), for fp8 too.
 `--profile` names the row whose kernels are set against what their bytes or FLOPs need.
 """
 
@@ -25,6 +27,7 @@ import statistics
 import sys
 import time
 import types
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +40,7 @@ from torch import nn
 from mosaicbert.batch import Batch, LossOutput
 from mosaicbert.bench import Bench, kernel_times, made_up_samples, made_up_step
 from mosaicbert.config import PretrainConfig
-from mosaicbert.models.build import SHAPES, build_model, compile_model, is_packed
+from mosaicbert.models.build import SHAPES, build_model, compile_model, is_packed, use_fp8
 from mosaicbert.models.heads import cross_entropy_sum, training_flops
 from mosaicbert.train.distributed import Ranks
 
@@ -55,6 +58,7 @@ class Row:
     seq: int = 128
     mlm: float = 0.3
     shape: str = "bert-base-uncased"
+    precision: str = "amp_bf16"
     changes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -76,11 +80,16 @@ ROWS = {
     "mosaic 512 masks 15 %": Row("mosaic_bert", 512, mlm=0.15),
     "mosaic 512 flex": Row("mosaic_bert", 512, changes={"attention_backend": "flex"}),
     "mosaic 512 sdpa": Row("mosaic_bert", 512, changes={"attention_backend": "sdpa"}),
+    "mosaic 512 fp8": Row("mosaic_bert", 512, precision="fp8"),
     "v2 512": Row("mosaic_bert_v2", 512),
+    "v2 512 fp8": Row("mosaic_bert_v2", 512, precision="fp8"),
     "large 256": Row("mosaic_bert", 256, shape="bert-large-uncased"),
     "large 512": Row("mosaic_bert", 512, shape="bert-large-uncased"),
+    "large 256 fp8": Row("mosaic_bert", 256, shape="bert-large-uncased", precision="fp8"),
     "mosaic seq 512": Row("mosaic_bert", 128, seq=512),
+    "mosaic seq 512 fp8": Row("mosaic_bert", 128, seq=512, precision="fp8"),
     "mosaic seq 2048": Row("mosaic_bert", 32, seq=2048),
+    "mosaic seq 2048 fp8": Row("mosaic_bert", 32, seq=2048, precision="fp8"),
     "hf compiled seq 512": Row("hf_bert", 64, seq=512, mlm=0.15),
 }
 CONFIG = {
@@ -145,6 +154,8 @@ def build(row: Row, args: argparse.Namespace, ranks: Ranks) -> Bench:
             CONFIG | {"global_train_batch_size": 1} | {"model": settings}
         )
         model = build_model(config.model, "mlm", max_seq_len=seq, vocab_size=VOCAB_SIZE)
+    if row.precision == "fp8":
+        use_fp8(model, ranks.device)
     if row.whole:
         model.loss = types.MethodType(whole_loss, model)
     if row.compile:
@@ -158,7 +169,10 @@ def build(row: Row, args: argparse.Namespace, ranks: Ranks) -> Bench:
         packed=is_packed(model),
         grid=row.compile,
     )
-    config = PretrainConfig.model_validate(CONFIG | {"global_train_batch_size": num_samples})
+    settings = {"global_train_batch_size": num_samples, "compile": row.compile}
+    if ranks.device.type == "cuda":
+        settings["precision"] = row.precision
+    config = PretrainConfig.model_validate(CONFIG | settings)
     return Bench(model, step, config, ranks)
 
 
@@ -182,40 +196,43 @@ def warm_up(bench: Bench) -> dict[str, Any]:
     }
 
 
-def measure(args: argparse.Namespace, ranks: Ranks) -> list[dict[str, Any]]:
-    """All rows: what they are, their times, and what these come to."""
-    benches: dict[str, Bench] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    for name in [name for name in ROWS if re.search(args.rows, name)]:
-        log(f"{name} ...")
+def measure(
+    args: argparse.Namespace, ranks: Ranks, write: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """All rows: what they are, their times, and what these come to; `write` has them after each."""
+    names = [name for name in ROWS if re.search(args.rows, name)]
+    rows: list[dict[str, Any]] = []
+    began = time.monotonic()
+    for number, name in enumerate([*names, *names[:1]]):
+        if args.limit and time.monotonic() - began > args.limit:
+            log(f"{name}: left out, no time")
+            continue
         row: dict[str, Any] = {"name": name, **asdict(ROWS[name])}
+        if number == len(names):
+            row["name"] = f"{name} again"
         try:
-            benches[name] = build(ROWS[name], args, ranks)
-            row |= {
-                "tokens": benches[name].num_tokens,
-                "microbatches": len(benches[name].microbatches),
-            }
-            row |= warm_up(benches[name])
-            log(f"  {row['graphs']} graphs, {row['warm_up_seconds']} s")
-            if name in args.profile and args.device != "cpu":
-                row["profile"] = profile(name, benches[name])
+            row |= measure_one(name, args, ranks)
+            log(f"{row['name']}: {row['tokens_per_second']:,.0f} tok/s")
         except Exception as error:  # a row that cannot be does not end the others
-            benches.pop(name, None)
             row["error"] = f"{type(error).__name__}: {str(error)[:500]}"
-            log(f"  {row['error']}")
-        rows[name] = row
+            log(f"{row['name']}: {row['error']}")
+        rows.append(row)
+        write(rows)
         release()
-    times: dict[str, list[float]] = {name: [] for name in benches}
-    for _ in range(args.repeats):
-        for name, bench in benches.items():
-            bench.step()  # the allocator's memory is its own again
-            times[name].append(bench.seconds(args.steps))
-            log(f"{name}: {bench.num_tokens / times[name][-1]:,.0f} tok/s")
-            bench.model.zero_grad()
-            release()
-    for name, bench in benches.items():
-        rows[name] |= {"step_seconds": times[name], **bench.rates(statistics.median(times[name]))}
-    return list(rows.values())
+    return rows
+
+
+def measure_one(name: str, args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    """One row: compiled and warm, then timed."""
+    bench = build(ROWS[name], args, ranks)
+    row: dict[str, Any] = {"tokens": bench.num_tokens, "microbatches": len(bench.microbatches)}
+    row |= warm_up(bench)
+    times = [bench.seconds(args.steps) for _ in range(args.repeats)]
+    row |= {"step_seconds": times, **bench.rates(statistics.median(times))}
+    row["cuda_graphs"] = bench.num_graphs
+    if name in args.profile and args.device != "cpu":
+        row["profile"] = profile(name, bench)
+    return row
 
 
 def release() -> None:
@@ -251,8 +268,8 @@ def by_class(kernels: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def ceilings() -> tuple[float, float]:
-    """Bytes and FLOPs a second of this GPU: a pass over memory, a matrix product of 8192."""
+def ceilings() -> tuple[float, float, float]:
+    """Bytes and FLOPs a second: a pass over memory; products of 8192 in bf16 and (or 0) in fp8."""
 
     def best(run: Any) -> float:
         times = []
@@ -265,11 +282,20 @@ def ceilings() -> tuple[float, float]:
             times.append(begin.elapsed_time(end) / 1e3)
         return statistics.median(times[3:])
 
+    def eight(x: torch.Tensor) -> torch.Tensor:
+        return (x * 8).to(torch.float8_e4m3fn)
+
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / best(lambda: torch.neg(source, out=target))
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
-    return bandwidth, 2 * 8192**3 / best(lambda: F.linear(a, b))
+    flops = 2 * 8192**3 / best(lambda: F.linear(a, b))
+    if torch.cuda.get_device_capability() < (8, 9):
+        return bandwidth, flops, 0.0
+    one = torch.ones((), device="cuda")
+    a8, b8 = eight(a), eight(b).t()
+    kwargs = {"scale_a": one, "scale_b": one, "out_dtype": torch.bfloat16, "use_fast_accum": True}
+    return bandwidth, flops, 2 * 8192**3 / best(lambda: torch._scaled_mm(a8, b8, **kwargs))
 
 
 def needs(bench: Bench) -> dict[str, tuple[float, float]]:
@@ -303,14 +329,17 @@ def profile(name: str, bench: Bench) -> dict[str, Any]:
     kernels = kernel_times(bench)
     seconds = bench.seconds(2)
     busy = sum(kernel["us"] for kernel in kernels) / 1e6
-    bandwidth, peak = ceilings()
+    bandwidth, peak, peak8 = ceilings()
     classes = by_class(kernels)
     for key, (num_bytes, flops) in needs(bench).items():
         if key in classes:
-            classes[key]["floor_us"] = max(num_bytes / bandwidth, flops / peak) * 1e6
+            least = flops / peak
+            if key == "matrix products" and ROWS[name].precision == "fp8":
+                least = flops / 3 / peak + flops * 2 / 3 / peak8  # gradients of weights in bf16
+            classes[key]["floor_us"] = max(num_bytes / bandwidth, least) * 1e6
     log(
         f"\n{name}: step {seconds * 1e3:.1f} ms, kernels {busy * 1e3:.1f} ms; "
-        f"{bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TFLOP/s"
+        f"{bandwidth / 1e12:.2f} TB/s, {peak / 1e12:.0f} TFLOP/s, fp8 {peak8 / 1e12:.0f}"
     )
     for key, row in sorted(classes.items(), key=lambda item: -item[1]["us"]):
         floor = f"{row['floor_us'] / 1e3:8.2f}" if "floor_us" in row else "       -"
@@ -323,6 +352,7 @@ def profile(name: str, bench: Bench) -> dict[str, Any]:
         "kernel_seconds": busy,
         "bytes_per_second": bandwidth,
         "flops_per_second": peak,
+        "fp8_flops_per_second": peak8,
         "classes": classes,
         "kernels": kernels[:80],
     }
@@ -381,6 +411,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1, help="steps of one timing")
     parser.add_argument("--batch", type=int, default=4096, help="samples of 128 tokens in a step")
+    parser.add_argument("--limit", type=float, help="begin no row after so many seconds")
     parser.add_argument("--profile", action="append", default=[], help="rows to look into")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to rehearse")
@@ -390,8 +421,6 @@ def main() -> int:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     ranks = Ranks(0, 1, 0, torch.device(args.device))
-    rows = measure(args, ranks)
-    table(rows)
     record: dict[str, Any] = {
         "claim": "tokens a second of a training step: forward, backward and update",
         "command": " ".join(["python", *sys.argv]),
@@ -402,13 +431,17 @@ def main() -> int:
         },
         "commit": args.commit,
         "samples_per_step": args.batch,
-        "rows": rows,
     }
+
+    def write(rows: list[dict[str, Any]]) -> None:
+        if args.out:
+            args.out.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n")
+
+    rows = measure(args, ranks, write)
+    table(rows)
     profiles = [row["profile"] for row in rows if "profile" in row]
     if args.picture and profiles:
         draw(profiles[0], args.picture)
-    if args.out:
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -94,6 +94,11 @@ class Bench:
         self._device = ranks.device
         self._step = 0
 
+    @property
+    def num_graphs(self) -> int:
+        """CUDA graphs that stand for microbatches; 0 where kernels are launched one by one."""
+        return 0 if self._backward.graphs is None else len(self._backward.graphs)
+
     def step(self) -> Tensor:
         """Gradients and update; the mean loss, on the device."""
         loss = self._backward(self.microbatches, self._num_targets, self._step)
@@ -196,6 +201,7 @@ def main(args: argparse.Namespace) -> int:
         "step_seconds": times,
         **bench.rates(seconds),
         "peak_bytes": peak,
+        "cuda_graphs": bench.num_graphs,
     }
     if args.kernels and ranks.device.type == "cuda":
         record["kernels"] = kernel_times(bench)

@@ -91,9 +91,11 @@ def test_loss_and_gradients(changes, interpreted, monkeypatch):
 
 
 def same(got, want):
-    """Equal, but for the interpreter's rounding of numbers too small to be normal."""
+    """Equal, but for a few roundings of the interpreter, which are off by one step."""
     assert got.dtype == want.dtype
-    torch.testing.assert_close(got.float(), want.float(), rtol=0.0, atol=2**-8)
+    step = 0.25 if want.dtype == torch.float8_e5m2 else 0.125
+    torch.testing.assert_close(got.float(), want.float(), rtol=1.01 * step, atol=2**-7)
+    assert (got.float() != want.float()).float().mean() < 0.05
 
 
 def test_eight_bits_are_those_of_16(interpreted):
