@@ -24,6 +24,28 @@ pytestmark = [
 LENGTHS = {"short": (128, 1, 77, 0, 100, 16, 128), "tiled": (300, 1, 77, 0, 512, 16, 6)}
 
 
+def test_eight_bits_are_those_of_16():
+    from mosaicbert.models.fp8 import to_eight
+    from mosaicbert.models.kernels.eight import GATED, NORMED
+    from mosaicbert.models.kernels.geglu import geglu_backward, geglu_forward
+    from mosaicbert.models.kernels.layernorm import sum_norm_backward, sum_norm_forward
+
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 50, 256, device=DEVICE) * 20
+    out, out8 = geglu_forward(x, 0.0, None, True)
+    assert (out.abs() * GATED > 448).any()  # some are clipped
+    assert torch.equal(out8.float(), to_eight(out, GATED).float())
+    dx, _, dx8 = geglu_backward(grad[:, :128], x, 0.0, None, False, True)
+    assert torch.equal(dx8.float(), to_eight(dx, 1.0, torch.float8_e5m2).float())
+    weight, bias = torch.randn(2, 256, device=DEVICE)
+    total, out, mean, rstd, out8 = sum_norm_forward(
+        x, x, weight, bias, None, 1e-12, 0.0, None, True
+    )
+    assert torch.equal(out8.float(), to_eight(out, NORMED).float())
+    _, dx, _, dx8 = sum_norm_backward(grad, None, total, weight, mean, rstd, False, 0.0, None, True)
+    assert torch.equal(dx8.float(), to_eight(dx, 1.0, torch.float8_e5m2).float())
+
+
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
