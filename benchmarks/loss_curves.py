@@ -1,4 +1,4 @@
-"""Training losses of the same steps by different paths: do they follow one curve?
+"""Losses of the same training steps by different paths, beside one another.
 
     python benchmarks/loss_curves.py --data FOLDER [--yaml mosaic-bert-v2-base] [--batches 200]
         [--arms "bf16,bf16 other seed,plain,fp8"] [--override key=value] [--out RECORD.json]

@@ -81,6 +81,7 @@ ROWS = {
     "mosaic 512 flex": Row("mosaic_bert", 512, changes={"attention_backend": "flex"}),
     "mosaic 512 sdpa": Row("mosaic_bert", 512, changes={"attention_backend": "sdpa"}),
     "mosaic 512 fp8": Row("mosaic_bert", 512, precision="fp8"),
+    "mosaic 1024 fp8": Row("mosaic_bert", 1024, precision="fp8"),
     "v2 512": Row("mosaic_bert_v2", 512),
     "v2 512 fp8": Row("mosaic_bert_v2", 512, precision="fp8"),
     "large 256": Row("mosaic_bert", 256, shape="bert-large-uncased"),
