@@ -116,15 +116,20 @@ class Bench:
         return (time.perf_counter() - began) / num_steps
 
     def peak_bytes(self) -> int | None:
-        """Most memory of the GPU in a step, without what others hold; None on a CPU."""
+        """Most memory of the GPU in a step, without what others hold; None on a CPU.
+
+        Of a step whose kernels are launched one by one: what graphs use is never free.
+        """
         if self._device.type != "cuda":
             return None
+        graphs, self._backward.graphs = self._backward.graphs, None
         self.model.zero_grad()
         own = sum(t.nbytes for t in self._lasting() if t.device == self._device)
         others = torch.cuda.memory_allocated(self._device) - own
         torch.cuda.reset_peak_memory_stats(self._device)
         self.step()
         self._wait()
+        self._backward.graphs = graphs
         return torch.cuda.max_memory_allocated(self._device) - others
 
     def rates(self, seconds: float) -> dict[str, float | None]:

@@ -1,5 +1,6 @@
 """What pre-training and fine-tuning share: device, microbatch, run folder, monitors, trainer."""
 
+import gc
 import logging
 import math
 import sys
@@ -7,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -33,6 +35,9 @@ AUTO_MICROBATCH_TOKENS = {"cuda": 65_536, "cpu": 8_192}
 def start(config: TrainerConfig) -> Ranks:
     """Set logging up, join the other ranks, check what depends on them, and seed."""
     set_log_level(config.python_log_level)
+    if torch.cuda.is_initialized():  # a run before this one: compiled models end in cycles
+        gc.collect()
+        torch.cuda.empty_cache()
     ranks = init_ranks(config.device, config.dist_timeout)
     if config.global_train_batch_size % ranks.world_size:
         raise ConfigError(
@@ -111,6 +116,7 @@ def train(
     try:
         return trainer.fit()
     finally:
+        trainer.backward.release()
         if ranks.is_first:
             report_at_end(_run_folder(config))
 

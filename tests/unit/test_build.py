@@ -245,6 +245,18 @@ def test_compiled_models_give_the_same_loss(name, task, num_graphs, monkeypatch)
     assert len(graphs) == num_graphs  # evaluation is not compiled
 
 
+def test_layers_whose_attention_loops_over_groups_are_not_compiled(monkeypatch, caplog):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, **k: compiled.append(f) or f)
+    with caplog.at_level("INFO"):
+        compile_model(build(model_config={"attention_probs_dropout_prob": 0.1}, name="mosaic_bert"))
+        compile_model(build(model_config={"attention_backend": "sdpa"}, name="mosaic_bert"))
+    assert len(compiled) == 4  # embeddings and head of each
+    assert caplog.text.count("The layers are not compiled") == 2
+    compile_model(build(name="mosaic_bert"))
+    assert len(compiled) == 4 + 2 + 2
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mosaicbert.batch import Batch
+from mosaicbert.batch import Batch, LossOutput
 from mosaicbert.config.jobs import TrainerConfig
 from mosaicbert.errors import ConfigError
 from mosaicbert.train import graphs as graphs_module
@@ -142,3 +142,27 @@ def test_only_where_they_can_be():
     assert not _wants_graphs(config(), Ranks(0, 1, 0, CPU))
     with pytest.raises(ConfigError, match="cuda_graphs: true needs a single GPU"):
         Backward(nn.Linear(1, 1), config(cuda_graphs=True), Ranks(0, 1, 0, CPU))
+
+
+def test_memory_is_given_back_before_a_step_is_split(monkeypatch, caplog):
+    """A step that runs out of memory is taken again without graphs, with the same gradients."""
+    calls = []
+
+    class Model(nn.Linear):
+        def loss(self, batch, return_logits=False):
+            calls.append(batch.num_samples)
+            if len(calls) == 2:
+                raise torch.OutOfMemoryError
+            return LossOutput(self(batch.labels[:, None]).sum())
+
+    model = Model(1, 1)
+    backward = Backward(model, config(device_train_microbatch_size=2), Ranks(0, 1, 0, CPU))
+    backward.graphs = MicrobatchGraphs(backward._take, model.parameters(), CPU)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    step = [batch(1, 2), batch(3, 4, 5)]
+    with caplog.at_level(logging.WARNING):
+        backward(step, 5, 7)
+    assert backward.graphs is None
+    assert len(calls) == 4  # one and a half, then both
+    assert model.weight.grad.item() == pytest.approx(15 / 5)
+    assert "Out of memory at batch 7 with CUDA graphs" in caplog.text

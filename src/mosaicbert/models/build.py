@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,11 +257,20 @@ def compile_model(model: nn.Module) -> None:
         trained._compiled_call_impl = _compiled(model._call_impl, model, dynamic=False)
         return
     encoder: Any = model.base_model
-    for part in (encoder.embeddings, *encoder.encoder.layer):
+    parts = [encoder.embeddings, *encoder.encoder.layer]
+    if _asks_for_sdpa(model.config):  # loops over groups of sequences, which inductor refuses
+        logger.info("The layers are not compiled: their attention runs as 'sdpa'.")
+        parts = [encoder.embeddings]
+    for part in parts:
         part._compiled_call_impl = _compiled(part._call_impl, model, dynamic=True, fullgraph=True)
     if isinstance(model, MosaicBertForMaskedLM):
         head: Any = model.cls.predictions
         head.loss = _compiled(head.loss, model, dynamic=True, fullgraph=True)
+
+
+def _asks_for_sdpa(config: Any) -> bool:
+    asked = os.environ.get("MOSAICBERT_ATTENTION") or config.attention_backend
+    return asked == "sdpa" or (not asked and config.attention_probs_dropout_prob > 0)
 
 
 def _compiled(function: Callable[..., Any], model: nn.Module, **options: Any) -> Callable[..., Any]:

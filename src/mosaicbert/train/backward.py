@@ -83,6 +83,8 @@ class Backward:
             try:
                 self._accumulate(parts, num_targets, loss)
             except torch.OutOfMemoryError as error:
+                if self._give_up_graphs(batch_number):
+                    continue
                 if not self.may_split:
                     raise TrainingError(
                         f"Out of memory at batch {batch_number}. Lower "
@@ -115,6 +117,23 @@ class Backward:
         else:
             self.scaler.scale(share).backward()  # type: ignore[no-untyped-call]
         return share.detach()
+
+    def _give_up_graphs(self, batch_number: int) -> bool:
+        """Where CUDA graphs hold memory: give it back, and say so. Whether they did."""
+        if self.graphs is None:
+            return False
+        log.warning(
+            "Out of memory at batch %d with CUDA graphs: taking it again, and going on without.",
+            batch_number,
+        )
+        self.release()
+        return True
+
+    def release(self) -> None:
+        """Give the memory of CUDA graphs back."""
+        if self.graphs is not None:
+            self.graphs.release()
+            self.graphs = None
 
     def _scale_gradients(self, factor: float) -> None:
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]

@@ -34,7 +34,9 @@ class MicrobatchGraphs:
     The first microbatch of a shape compiles and loads what it needs; the second is recorded, and
     it and all later ones are replayed. Gradients are added to the same tensors from start to end,
     which `zero_grad` clears, because a graph knows them by address. All graphs work in one pool of
-    memory: only one runs at a time, and none leaves anything but gradients and a loss behind.
+    memory: only one runs at a time, and none leaves anything but gradients and a loss behind. That
+    pool is kept beside what a shape's first microbatch takes, so activations take twice their
+    memory; `release` gives it back.
 
     Args:
         run: forward and backward pass of a batch on the device, over a number of targets that is a
@@ -61,6 +63,13 @@ class MicrobatchGraphs:
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+    def release(self) -> None:
+        """Give all memory back; from here on kernels are launched one by one."""
+        self._is_broken = True
+        self._graphs.clear()
+        self._pool = None
+        torch.cuda.empty_cache()
 
     def zero_grad(self) -> None:
         """Clear all gradients; those of the graphs stay where they are."""

@@ -180,6 +180,7 @@ class Trainer:
     def _finish(self) -> TrainResult:
         """Evaluate and save what the intervals did not, and say how it went."""
         self._report()
+        self.backward.release()
         stopped = self._stop_agreed and not self.is_done
         if not stopped and self._evaluated_at != self.progress.batch:
             self.evaluate()
