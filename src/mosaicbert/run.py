@@ -35,7 +35,8 @@ AUTO_MICROBATCH_TOKENS = {"cuda": 65_536, "cpu": 8_192}
 def start(config: TrainerConfig) -> Ranks:
     """Set logging up, join the other ranks, check what depends on them, and seed."""
     set_log_level(config.python_log_level)
-    if torch.cuda.is_initialized():  # a run before this one: compiled models end in cycles
+    # After a run in this process: compiled models end in cycles of references.
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         gc.collect()
         torch.cuda.empty_cache()
     ranks = init_ranks(config.device, config.dist_timeout)
