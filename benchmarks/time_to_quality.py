@@ -12,7 +12,8 @@ A recipe whose mask rate or batch size moves over the run needs its length in sa
 times the samples a second of the run before of that model, so its seconds are a little off.
 The validation set is FOLDER/val (15 % masked, the same masks each time), all of it at every point
 of the curve. `--seeds` are those of weights, dropout, order and masks of the training data.
-The record is written after each run; `--add` takes runs of earlier records into the tables and the
+The record is written after each run, and of one that SIGTERM stops it holds what there is (`cut`);
+`--add` takes runs of earlier records into the tables and the
 picture, and with `--glue` fine-tunes those whose checkpoints `--keep` still holds (without `--data`
 nothing is trained). `--compare A B`: when A's curve reaches the mean of B's last losses.
 """
@@ -187,12 +188,18 @@ class Harness:
         graphs = _graphs()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        result = mosaicbert.pretrain(config.model_dump(mode="json", by_alias=True))
+        cut = False
+        try:
+            mosaicbert.pretrain(config.model_dump(mode="json", by_alias=True))
+        except (SystemExit, KeyboardInterrupt):  # SIGTERM or SIGINT, between two steps
+            cut = True
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         rows = read_rows(folder / "metrics.jsonl")
         losses = [row for row in rows if "metrics/eval/loss" in row]
         times = TrainingClock.last.evaluations
         assert len(times) == len(losses), f"{len(times)} evaluations, {len(losses)} rows"
+        if not losses:
+            raise SystemExit("Stopped before the first evaluation.")
         curve = [
             {
                 "seconds": seconds,
@@ -206,16 +213,18 @@ class Harness:
         tail = train[-max(1, len(train) // 20) :]
         waits = [row[WAITS] for row in rows if WAITS in row]
         _release()
+        last = curve[-1]
         return {
-            "loss": curve[-1]["loss"],
-            "accuracy": curve[-1]["accuracy"],
+            "cut": cut,
+            "loss": last["loss"],
+            "accuracy": last["accuracy"],
             "train_loss": statistics.fmean(tail),
-            "seconds": curve[-1]["seconds"],
-            "tokens": result.progress.token,
-            "samples": result.progress.sample,
-            "batches": result.progress.batch,
-            "epoch": result.progress.epoch,
-            "tokens_per_second": result.progress.token / curve[-1]["seconds"],
+            "seconds": last["seconds"],
+            "tokens": last["token"],
+            "samples": last["sample"],
+            "batches": last["batch"],
+            "epoch": last["epoch"],
+            "tokens_per_second": last["token"] / last["seconds"],
             "data_wait_share": statistics.fmean(waits) if waits else None,
             "graphs": _graphs() - graphs,
             "peak_bytes": peak,
@@ -379,6 +388,9 @@ def main() -> int:
             _release()
         runs.append(run)
         write(args, runs, environment)
+        if run.get("cut"):
+            log("Stopped in the midst of a run; what it had is in the record.")
+            return 1
     whole = [run for run in runs if "error" not in run]
     for run in whole if args.glue else []:
         checkpoints = checkpoints_of(run, args.keep)
