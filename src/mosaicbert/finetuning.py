@@ -200,7 +200,9 @@ def finetune(
     if config.class_weights is not None:
         model.class_weights = _weights(train)
 
-    loader = partial(_loader, config, ranks, tokenizer, is_packed(model))
+    packed = is_packed(model)
+    config.cuda_graphs = run.wants_graphs(config, ranks, packed)
+    loader = partial(_loader, config, ranks, tokenizer, packed)
     result = run.train(
         model,
         loader(train, training=True),
@@ -264,6 +266,7 @@ def _loader(
         shuffle=settings.shuffle,
         drop_last=settings.drop_last,
         seed=config.seed,
+        multiple=run.GRAPH_MULTIPLE if training and config.cuda_graphs else 1,
     )
 
 

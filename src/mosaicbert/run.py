@@ -28,6 +28,8 @@ from mosaicbert.train.monitors import build_monitors
 from mosaicbert.train.record import Logger, TrainResult
 from mosaicbert.train.trainer import Trainer
 
+GRAPH_MULTIPLE = 16
+"""Padded batches that run as CUDA graphs are so many tokens long, or a multiple of it."""
 AUTO_MICROBATCH_TOKENS = {"cuda": 65_536, "cpu": 8_192}
 """Where `device_train_microbatch_size: auto` starts; the trainer halves it when memory runs out."""
 
@@ -67,6 +69,18 @@ def set_log_level(level: str | None) -> None:
 def wants_compile(config: TrainerConfig, ranks: Ranks) -> bool:
     """Whether to use torch.compile: as configured, else on a GPU."""
     return ranks.device.type == "cuda" if config.compile is None else config.compile
+
+
+def wants_graphs(config: TrainerConfig, ranks: Ranks, packed: bool) -> bool:
+    """Whether to run microbatches as CUDA graphs: as configured, else where shapes are few.
+
+    That is on a single GPU, with torch.compile or with padded batches, whose lengths are then
+    rounded up to `GRAPH_MULTIPLE`.
+    """
+    if config.cuda_graphs is not None:
+        return config.cuda_graphs
+    able = ranks.device.type == "cuda" and ranks.world_size == 1
+    return able and (wants_compile(config, ranks) or not packed)
 
 
 def microbatch_samples(config: TrainerConfig, ranks: Ranks, max_seq_len: int) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from mosaicbert import run
 from mosaicbert.batch import Batch, LossOutput
 from mosaicbert.config.jobs import TrainerConfig
 from mosaicbert.errors import ConfigError
@@ -142,6 +143,16 @@ def test_only_where_they_can_be():
     assert not _wants_graphs(config(), Ranks(0, 1, 0, CPU))
     with pytest.raises(ConfigError, match="cuda_graphs: true needs a single GPU"):
         Backward(nn.Linear(1, 1), config(cuda_graphs=True), Ranks(0, 1, 0, CPU))
+
+
+def test_padded_batches_without_compilation_run_as_graphs_too():
+    gpu = Ranks(0, 1, 0, GPU)
+    assert run.wants_graphs(config(compile=False), gpu, packed=False)
+    assert not run.wants_graphs(config(compile=False), gpu, packed=True)
+    assert run.wants_graphs(config(), gpu, packed=True)
+    assert not run.wants_graphs(config(), Ranks(0, 2, 0, GPU), packed=False)
+    assert not run.wants_graphs(config(), Ranks(0, 1, 0, CPU), packed=False)
+    assert not run.wants_graphs(config(cuda_graphs=False), gpu, packed=True)
 
 
 def test_memory_is_given_back_before_a_step_is_split(monkeypatch, caplog):

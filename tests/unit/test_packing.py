@@ -100,6 +100,18 @@ def test_padded_layout(grid: bool) -> None:
     assert batches[0].num_tokens == 17
 
 
+def test_padded_to_a_multiple_few_shapes_come_about() -> None:
+    samples = [mlm_sample(length, i) for i, length in enumerate([5, 9, 3, 7, 2, 30, 33])]
+    batches = pad_samples(
+        samples, max_samples=3, max_seq_len=35, pad_token_id=PAD, grid=False, multiple=16
+    )
+    assert [tuple(batch.input_ids.shape) for batch in batches] == [(3, 16), (3, 32), (3, 35)]
+    last = batches[-1]
+    assert last.num_samples == 1
+    assert last.attention_mask is not None
+    assert last.attention_mask.sum(1).tolist() == [33, 1, 1]
+
+
 def test_fill_on_web_text() -> None:
     """70 % of C4's texts fill 128 tokens; the rest is about uniform. Few shapes, little waste."""
     generator = np.random.default_rng(0)

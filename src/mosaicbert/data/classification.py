@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,7 @@ class ClassificationLoader:
         shuffle: bool,
         drop_last: bool,
         seed: int,
+        multiple: int = 1,
         subset_batches: int | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -111,7 +113,7 @@ class ClassificationLoader:
         self.pad_token_id = pad_token_id
         self.batch_size = batch_size
         self.microbatch_samples = microbatch_samples
-        self.packed = packed
+        self.make = pack_samples if packed else partial(pad_samples, multiple=multiple)
         self.grid = grid
         self.shuffle = shuffle
         self.drop_last = drop_last
@@ -136,13 +138,12 @@ class ClassificationLoader:
 
     def steps(self, epoch: int, sample_in_epoch: int = 0) -> Iterator[Step]:
         """The share of this rank in each of the epoch's batches, from that sample on."""
-        make = pack_samples if self.packed else pad_samples
         order = self._order(epoch)
         for number in range(self.steps_in_epoch(epoch, sample_in_epoch)):
             start = sample_in_epoch + number * self.batch_size
             chosen = order[start : min(start + self.batch_size, self.num_samples)]
             share = chosen[self.rank :: self.world_size]
-            microbatches = make(
+            microbatches = self.make(
                 [self.texts.sample(i, _plain(self.labels[i])) for i in share],
                 max_samples=self.microbatch_samples,
                 max_seq_len=self.max_seq_len,
@@ -176,6 +177,7 @@ def build_classification_loader(
     shuffle: bool,
     drop_last: bool,
     seed: int,
+    multiple: int = 1,
     subset_batches: int | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -184,6 +186,7 @@ def build_classification_loader(
 
     `microbatch_samples` is how many samples of full length fit a microbatch; `subset_batches`
     (None or -1: all) cuts each epoch short. For evaluation: no `shuffle`, no `drop_last`.
+    `multiple` is that of `pad_samples`.
 
     Raises:
         ConfigError: not one batch is left.
@@ -207,6 +210,7 @@ def build_classification_loader(
         shuffle=shuffle,
         drop_last=drop_last,
         seed=seed,
+        multiple=multiple,
         subset_batches=subset_batches,
         rank=rank,
         world_size=world_size,

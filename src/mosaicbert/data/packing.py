@@ -100,12 +100,14 @@ def pad_samples(
     max_seq_len: int,
     pad_token_id: int,
     grid: bool,
+    multiple: int = 1,
 ) -> list[Batch]:
     """Cut samples into padded microbatches of `max_samples` rows, in their order.
 
     On a `grid` each is `(max_samples, max_seq_len)`, and target rows are rounded up as in
-    `pack_samples`; otherwise each is as long as its longest sample. A row that only fills up
-    attends to its first pad token, so that no softmax is over nothing.
+    `pack_samples`; otherwise each is as long as its longest sample. With a `multiple` above 1, for
+    CUDA graphs, that is rounded up to one, and all have `max_samples` rows. A row that only fills
+    up attends to its first pad token, so that no softmax is over nothing.
     """
     step = max(SMALLEST_GRID, max_samples * max_seq_len // SHAPES_PER_BUDGET) if grid else 1
     batches = []
@@ -113,7 +115,9 @@ def pad_samples(
         chosen = samples[first : first + max_samples]
         own = np.array([len(sample.input_ids) for sample in chosen], np.int64)
         assert own.max() <= max_seq_len, "a sample is longer than max_seq_len"
-        rows, seq = (max_samples, max_seq_len) if grid else (len(own), int(own.max()))
+        rows = max_samples if grid or multiple > 1 else len(own)
+        longest = max_seq_len if grid else int(own.max())
+        seq = min(_round_up(longest, multiple), max(longest, max_seq_len))
         layout = _Layout(np.arange(len(own)) * seq, own, (rows, seq), rows, step)
         batch = _assemble(chosen, layout, pad_token_id)
         filled = np.ones(rows, np.int64)

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 64
 """Shapes beyond these are launched kernel by kernel."""
+MAX_SEEN = 4096
+"""Shapes seen once that are remembered: where there are more, hardly one comes twice."""
 
 
 @dataclass(slots=True)
@@ -89,7 +91,8 @@ class MicrobatchGraphs:
         if captured is None and self._may_capture(key):
             captured = self._capture(key, batch)
         if captured is None:
-            self._seen.add(key)
+            if len(self._seen) < MAX_SEEN:
+                self._seen.add(key)
             loss = self._run(batch.to(self._device), self._num_targets)
             self._keep_gradients()
             return loss
