@@ -81,7 +81,7 @@ class Crashes:
         kills_before = tally.kills
         try:
             seen: Any = None
-            for _ in range(moments.choice((1, 1, 2, 3))):
+            for _ in range(moments.choice((1, 2, 3, 4))):
                 running = work.start(folder, moments)
                 self._kill(work, running, folder, moments, tally)
                 seen = work.after_kill(folder, seen)
@@ -118,7 +118,7 @@ class Crashes:
         if at_a_file:
             pattern = moments.choice(work.files)
             skip = moments.randrange(1, 6)
-            delay = moments.uniform(0, 0.02)
+            delay = moments.uniform(0, min(0.02, seconds / 4))
             running.wait(3 * seconds + 5, _nth_appearance(folder, pattern, skip))
             running.wait(delay)
         else:

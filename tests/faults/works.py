@@ -275,12 +275,16 @@ class Pretrain(Work):
     whole = "ep*/*.json"
     """What counts as a checkpoint that is there: also half of one."""
     more: tuple[str, ...] = ()
+    streams: bool | None = None
+    """Whether this case streams its shards: a cache is tidied by who uses it."""
 
     def words(self, folder: Path, moments: random.Random | None) -> list[str]:
         words = ["pretrain", str(self.home / "pretrain.yaml"), f"save_folder={self.save_folder}"]
         if moments and moments.random() < 0.3:
             words += ["train_loader.num_workers=1"]
-        if moments and moments.random() < 0.3:
+        if moments and self.streams is None:
+            self.streams = moments.random() < 0.3
+        if moments and self.streams:
             words += [f"train_loader.dataset.remote={self.home / 'data'}"]
             words += [f"train_loader.dataset.local={folder / 'cache'}"]
         return [*words, *self.more]
