@@ -138,7 +138,7 @@ def _training(home: Path) -> dict[str, Any]:
         "save_num_checkpoints_to_keep": 2,
         "autoresume": True,
         "progress_bar": False,
-        "dist_timeout": 30,
+        "dist_timeout": 20,
         "run_folder": "run",
         "optimizer": {"lr": 1e-2},
     }
