@@ -1,7 +1,7 @@
 """The long forms: `python -m tests.faults crash --cases 500 --seed 0 [--record FILE.json]`.
 
 `crash` kills commands at random moments; `stores` lets stores, disks, paths and clocks go wrong;
-`inputs` feeds readers with random bad input.
+`inputs` feeds readers with random bad input, `guided` with input that coverage guides (by atheris).
 """
 
 import argparse
@@ -21,7 +21,9 @@ from mosaicbert.train.environment import describe_environment
 def main() -> int:
     """Run one of the long forms; the exit code tells whether there was a fault."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="?", default="crash", choices=("crash", "stores", "inputs"))
+    parser.add_argument(
+        "what", nargs="?", default="crash", choices=("crash", "stores", "inputs", "guided")
+    )
     parser.add_argument(
         "--cases", type=int, default=500, help="kills, faults, or inputs for each reader"
     )
@@ -61,6 +63,10 @@ def main() -> int:
             rows = dict(
                 stores.run(Path(home), args.seed, args.cases, args.only, args.seconds, write)
             )
+    elif args.what == "guided":
+        import guided
+
+        rows = dict(guided.run(args.seed, args.cases, args.only, args.seconds, write))
     else:
         import inputs
 
