@@ -1,5 +1,6 @@
 # Sourced by the scripts beside it: make .venv and install into it what the caller names, once for
-# each state of pyproject.toml and constraints.txt. `PYTHON` chooses the interpreter.
+# each state of pyproject.toml and constraints.txt. `PYTHON` chooses the interpreter. With HASHES=FILE,
+# which scripts/hashes writes, no package is taken whose hash is not in the file.
 # Usage: . scripts/setup.sh; setup [EXTRA ...]
 
 find_python() {
@@ -17,7 +18,7 @@ find_python() {
 setup() {
   local extras wanted stamp=.venv/installed
   extras=$(IFS=,; echo "$*")
-  wanted=$(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
+  wanted=$(cat pyproject.toml constraints.txt ${HASHES:+"$HASHES"} | sha256sum | cut -c1-16)
   if [ ! -x .venv/bin/python ]; then
     local python
     python=$(find_python)
@@ -26,9 +27,15 @@ setup() {
   fi
   if ! grep -qsx "$wanted:$extras" "$stamp"; then
     echo "Installing mosaicbert${extras:+[$extras]} (some minutes the first time)" >&2
-    # torch first and alone, so that its pinned build is taken before anything else asks for it.
-    .venv/bin/python -m pip install -q --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
-    .venv/bin/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".${extras:+[$extras]}"
+    local pip=".venv/bin/python -m pip install -q --disable-pip-version-check"
+    if [ -n "${HASHES:-}" ]; then
+      $pip --require-hashes --no-deps -r "$HASHES"
+      $pip --no-deps --no-build-isolation -e .
+    else
+      # torch first and alone, so that its pinned build is taken before anything else asks for it.
+      $pip "$(grep '^torch==' constraints.txt)"
+      $pip -c constraints.txt -e ".${extras:+[$extras]}"
+    fi
     echo "$wanted:$extras" >>"$stamp"
   fi
 }

@@ -6,6 +6,7 @@ SIGTERM.
 """
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 
 from mosaicbert.errors import MosaicBertError, did_you_mean
 from mosaicbert.redaction import redact_text
+
+OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""Faults of disks and rights: nobody needs a traceback to mend them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +89,19 @@ def guarded(run: Callable[[], int]) -> int:
     except MosaicBertError as error:
         print(f"mosaicbert: {redact_text(str(error))}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("mosaicbert: stopped.", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # The reader (such as `head`) has gone; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"mosaicbert: {redact_text(f'{where}{error.strerror}')}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mosaicbert: stopped.", file=sys.stderr)
+        return 130
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """The long forms: `python -m tests.faults crash --cases 500 --seed 0 [--record FILE.json]`.
 
-`crash` kills commands at random moments; `inputs` feeds readers with random bad input.
+`crash` kills commands at random moments; `stores` lets stores, disks, paths and clocks go wrong;
+`inputs` feeds readers with random bad input, `guided` with input that coverage guides (by atheris).
 """
 
 import argparse
@@ -20,10 +21,16 @@ from mosaicbert.train.environment import describe_environment
 def main() -> int:
     """Run one of the long forms; the exit code tells whether there was a fault."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", nargs="?", default="crash", choices=("crash", "inputs"))
-    parser.add_argument("--cases", type=int, default=500, help="kills, or inputs for each reader")
+    parser.add_argument(
+        "what", nargs="?", default="crash", choices=("crash", "stores", "inputs", "guided")
+    )
+    parser.add_argument(
+        "--cases", type=int, default=500, help="kills, faults, or inputs for each reader"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of moments and inputs")
-    parser.add_argument("--only", nargs="+", metavar="KIND", help="some kinds of work or readers")
+    parser.add_argument(
+        "--only", nargs="+", metavar="KIND", help="some kinds of work, fault or reader"
+    )
     parser.add_argument("--seconds", type=float, default=1e9, help="most time to take")
     parser.add_argument("--record", type=Path, help="JSON to write")
     args = parser.parse_args()
@@ -48,6 +55,18 @@ def main() -> int:
             rows: dict[str, Any] = dict(
                 crash.run_cases(Path(home), args.seed, args.cases, kinds, args.seconds, write)
             )
+    elif args.what == "stores":
+        import stores
+
+        with tempfile.TemporaryDirectory(prefix="faults-") as home:
+            Path(home).chmod(0o755)
+            rows = dict(
+                stores.run(Path(home), args.seed, args.cases, args.only, args.seconds, write)
+            )
+    elif args.what == "guided":
+        import guided
+
+        rows = dict(guided.run(args.seed, args.cases, args.only, args.seconds, write))
     else:
         import inputs
 

@@ -81,7 +81,7 @@ class Crashes:
         kills_before = tally.kills
         try:
             seen: Any = None
-            for _ in range(moments.choice((1, 1, 2, 3))):
+            for _ in range(moments.choice((1, 2, 3, 4))):
                 running = work.start(folder, moments)
                 self._kill(work, running, folder, moments, tally)
                 seen = work.after_kill(folder, seen)
@@ -118,16 +118,16 @@ class Crashes:
         if at_a_file:
             pattern = moments.choice(work.files)
             skip = moments.randrange(1, 6)
-            delay = moments.uniform(0, 0.02)
+            delay = moments.uniform(0, min(0.02, seconds / 4))
             running.wait(3 * seconds + 5, _nth_appearance(folder, pattern, skip))
             running.wait(delay)
         else:
             running.wait(moments.uniform(0, 1.05 * seconds))
         other = folder / "rank1.pid"
-        if work.ranks > 1 and moments.random() < 0.4 and other.exists() and running.poll() is None:
+        alone = work.ranks > 1 and moments.random() < 0.4 and other.exists()
+        if alone and running.poll() is None and _kill_one(running, int(other.read_text())):
             tally.kills_of_one_rank += 1
             tally.kills += 1
-            _kill_one(running, int(other.read_text()))
         elif running.kill():
             tally.kills += 1
             tally.kills_at_a_file += at_a_file
@@ -143,14 +143,20 @@ class Crashes:
         return folder
 
 
-def _kill_one(running: forks.Running, pid: int) -> None:
-    """Kill rank 1 alone: rank 0 must find out and end with an error within a minute."""
+def _kill_one(running: forks.Running, pid: int) -> bool:
+    """Kill rank 1 alone: rank 0 must find out and end with an error within a minute.
+
+    False if rank 1 had ended before.
+    """
+    if pid not in forks.members(running.pid):
+        return False
     os.kill(pid, signal.SIGKILL)
     if running.wait(60) is None:
         running.kill()
         raise AssertionError("rank 0 waits for ever for a rank that was killed")
     if running.code == 0 and "pre-trained" not in running.said():
         raise AssertionError("rank 0 ends with 0 though rank 1 was killed")
+    return True
 
 
 def _nth_appearance(folder: Path, pattern: str, number: int) -> Callable[[], bool]:

@@ -40,9 +40,9 @@ MODULES = (
 GROUP_ENDS_SECONDS = 30.0
 
 
-def warm_up() -> None:
+def warm_up(more: Sequence[str] = ()) -> None:
     """Import what the commands need."""
-    for name in MODULES:
+    for name in (*MODULES, *more):
         importlib.import_module(name)
 
 
@@ -117,14 +117,19 @@ def start(
     ranks: int = 1,
     setup: Callable[[], None] | None = None,
     environ: dict[str, str] | None = None,
+    log: Path | None = None,
 ) -> Running:
-    """Start `mosaicbert WORDS` in `cwd`, as so many ranks; its output goes to `log.txt` there.
+    """Start `mosaicbert WORDS` in `cwd`, as so many ranks.
+
+    Its output goes to `log`, by default `log.txt` there.
 
     `setup` is called in each process before the command. The process ids of ranks above 0 are in
     files `rank1.pid` and so on.
     """
     sys.stdout.flush()
-    log = cwd / "log.txt"
+    for path in cwd.glob("rank*.pid"):
+        path.unlink()  # of an earlier command: another process may have that id by now
+    log = log or cwd / "log.txt"
     ready, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -157,7 +162,7 @@ def _child(
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ |= environ
@@ -186,7 +191,9 @@ def _become_ranks(ranks: int, cwd: Path) -> list[int]:
         if pid == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             return []
-        (cwd / f"rank{rank}.pid").write_text(str(pid))
+        part = cwd / f".rank{rank}.pid"
+        part.write_text(str(pid))
+        part.replace(cwd / f"rank{rank}.pid")
         others.append(pid)
     return others
 

@@ -138,7 +138,7 @@ def _training(home: Path) -> dict[str, Any]:
         "save_num_checkpoints_to_keep": 2,
         "autoresume": True,
         "progress_bar": False,
-        "dist_timeout": 30,
+        "dist_timeout": 20,
         "run_folder": "run",
         "optimizer": {"lr": 1e-2},
     }
@@ -275,12 +275,16 @@ class Pretrain(Work):
     whole = "ep*/*.json"
     """What counts as a checkpoint that is there: also half of one."""
     more: tuple[str, ...] = ()
+    streams: bool | None = None
+    """Whether this case streams its shards: a cache is tidied by who uses it."""
 
     def words(self, folder: Path, moments: random.Random | None) -> list[str]:
         words = ["pretrain", str(self.home / "pretrain.yaml"), f"save_folder={self.save_folder}"]
         if moments and moments.random() < 0.3:
             words += ["train_loader.num_workers=1"]
-        if moments and moments.random() < 0.3:
+        if moments and self.streams is None:
+            self.streams = moments.random() < 0.3
+        if moments and self.streams:
             words += [f"train_loader.dataset.remote={self.home / 'data'}"]
             words += [f"train_loader.dataset.local={folder / 'cache'}"]
         return [*words, *self.more]

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import TinyLoader, TinyModel, assert_same, make_trainer, moments, weights
 
+from mosaicbert import retrying
 from mosaicbert.config.sections import HealthCheckerConfig
 from mosaicbert.errors import CheckpointError, ConfigError
 from mosaicbert.train import store
@@ -201,7 +202,7 @@ def test_a_uri_works_like_a_folder():
 
 
 def test_uploads_are_tried_again(monkeypatch):
-    monkeypatch.setattr(store, "UPLOAD_WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(retrying, "WAITS", (0.0, 0.0, 0.0))
     fs = fsspec.filesystem("memory")
     failures = iter([True, True, False] * 100)
     put_file = fs.put_file

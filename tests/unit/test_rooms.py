@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src/mosaicbert"
-BASE = {"errors", "batch", "duration", "config", "executors", "redaction"}
+BASE = {"errors", "batch", "duration", "config", "executors", "redaction", "retrying"}
 JOBS = {"run", "pretraining", "finetuning"}
 ALLOWED = {
     "errors": set(),
@@ -14,6 +14,7 @@ ALLOWED = {
     "duration": {"errors"},
     "slurm": set(),
     "redaction": set(),
+    "retrying": set(),
     "executors": {"errors"},
     "config": {"errors", "duration", "config", "cli", "redaction"},
     "data": BASE | {"data"},

@@ -5,8 +5,8 @@ import urllib.request
 import pytest
 from tiny_run import assert_same, make_trainer, moments, weights
 
+from mosaicbert import retrying
 from mosaicbert.errors import CheckpointError
-from mosaicbert.train import store
 from mosaicbert.train.store import SaveFolder
 
 pytest.importorskip("s3fs")
@@ -61,7 +61,7 @@ def test_resume_from_s3(bucket):
 
 
 def test_an_upload_that_breaks_off_does_not_count(bucket, monkeypatch):
-    monkeypatch.setattr(store, "UPLOAD_WAITS", (0.0,))
+    monkeypatch.setattr(retrying, "WAITS", (0.0,))
     uri = "s3://models/broken"
     make_trainer(max_duration="4ba", save_folder=uri)[0].fit()
     fs = SaveFolder(uri).fs  # one object for all of its kind
@@ -80,7 +80,7 @@ def test_an_upload_that_breaks_off_does_not_count(bucket, monkeypatch):
 
 
 def test_a_bucket_that_is_not_there(bucket, monkeypatch):
-    monkeypatch.setattr(store, "UPLOAD_WAITS", ())
+    monkeypatch.setattr(retrying, "WAITS", ())
     trainer, _ = make_trainer(save_folder="s3://nothing/here")
     with pytest.raises(CheckpointError, match="cannot be"):
         trainer.fit()

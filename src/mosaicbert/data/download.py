@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import util
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +28,11 @@ BACKOFF_SECONDS = 1.0
 POLL_SECONDS = 0.05
 
 T = TypeVar("T")
+
+_unfinished: set[Path] = set()
+"""Temporary files and locks of this process."""
+_watched: set[int] = set()
+"""Processes at whose end they are removed: this one, if any."""
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +61,7 @@ def download(
     Raises:
         DataError: see `persist`; a damaged copy is tried again too.
     """
+    _watch_the_end()
 
     def attempt() -> None:
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
@@ -65,6 +72,7 @@ def download(
             except DataError as error:
                 raise ValueError(str(error).replace(str(temporary), path.name)) from error
             temporary.replace(path)
+            _unfinished.discard(temporary)
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -108,6 +116,22 @@ def persist(uri: str, attempt: Callable[[], T], patience: Patience) -> T:
     raise AssertionError
 
 
+def leave_nothing() -> None:
+    """Remove what background threads of this process, which now ends, are at."""
+    for path in list(_unfinished):
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _watch_the_end() -> None:
+    """Have `leave_nothing` called when this process ends, also one of multiprocessing's."""
+    if os.getpid() not in _watched:
+        _watched.clear()
+        _unfinished.clear()  # those of the process that this one was forked off
+        _watched.add(os.getpid())
+        util.Finalize(None, leave_nothing, exitpriority=0)
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove what killed processes left of `path`; only for who holds `only_one`."""
     for leftover in path.parent.glob(f".{path.name}.*{TEMPORARY_SUFFIX}"):
@@ -138,6 +162,7 @@ def only_one(path: Path, wait_seconds: float) -> Iterator[bool]:
     Raises:
         BusyError: `wait_seconds` is 0 and another one holds the lock.
     """
+    _watch_the_end()
     lock = path.with_name(f".{path.name}.lock")
     deadline = time.monotonic() + wait_seconds
     descriptor = None
@@ -154,12 +179,14 @@ def only_one(path: Path, wait_seconds: float) -> Iterator[bool]:
                 log.warning("%s is locked for %.0f s; going on without", lock, wait_seconds)
                 break
             time.sleep(POLL_SECONDS)
+    _unfinished.update([lock] if descriptor is not None else [])
     try:
         yield descriptor is not None
     finally:
         if descriptor is not None:
             lock.unlink(missing_ok=True)
             os.close(descriptor)
+            _unfinished.discard(lock)
 
 
 def _try_lock(lock: Path) -> int | None:
@@ -180,6 +207,7 @@ def _try_lock(lock: Path) -> int | None:
 
 def _get(uri: str, temporary: Path, timeout_seconds: float) -> None:
     abandoned = threading.Event()
+    _unfinished.add(temporary)
 
     def work() -> None:
         try:
@@ -188,6 +216,7 @@ def _get(uri: str, temporary: Path, timeout_seconds: float) -> None:
         finally:
             if abandoned.is_set():
                 temporary.unlink(missing_ok=True)
+                _unfinished.discard(temporary)
 
     try:
         _within(timeout_seconds, work)

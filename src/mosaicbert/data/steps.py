@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mosaicbert.batch import Batch, Step
 from mosaicbert.config.sections import LoaderConfig
+from mosaicbert.data.download import leave_nothing
 from mosaicbert.data.order import share
 from mosaicbert.data.packing import Sample, pack_samples, pad_samples
 from mosaicbert.errors import DataError, MosaicBertError
 
+SECONDS_BETWEEN_LOOKS = 2.0
+"""Of a worker for its parent."""
 Range = tuple[int, int, int]
 """(epoch, start, end): the positions of one global batch."""
 MakeSamples = Callable[[int, int, int], list[Sample]]
@@ -216,7 +220,7 @@ def _data_loader(dataset: _StepDataset, ranges: _Ranges, config: LoaderConfig) -
         sampler=ranges,
         num_workers=workers,
         collate_fn=_unchanged,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, os.getpid()),
         timeout=config.timeout if workers else 0,
         prefetch_factor=config.prefetch_factor if workers else None,
         persistent_workers=workers > 0,
@@ -228,23 +232,28 @@ def _unchanged(result: Any) -> Any:
     return result
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(parent: int, _: int) -> None:
     """One thread for each worker: it is the workers that share the cores.
 
     Ctrl-C reaches them too, and so does the SIGTERM that a scheduler sends to a process group,
     but it is the trainer that decides when to end. Its own SIGTERM ends a worker at once: by it
-    torch and multiprocessing remove one that does not leave by itself.
+    torch and multiprocessing remove one that does not leave by itself. Torch's own watch over the
+    parent misses one that was killed while the worker started.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_await_the_end, name="sigterm", daemon=True).start()
+    watch = threading.Thread(target=_await_the_end, args=(parent,), name="sigterm", daemon=True)
+    watch.start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 
 
-def _await_the_end() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _await_the_end(parent: int) -> None:
+    while os.getppid() == parent:
+        told = signal.sigtimedwait({signal.SIGTERM}, SECONDS_BETWEEN_LOOKS)
+        if told is not None and told.si_pid == parent:
+            break
+    leave_nothing()
     os._exit(0)
 
 

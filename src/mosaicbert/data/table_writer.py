@@ -48,7 +48,7 @@ def open_table(path: Path) -> Iterator[Write]:
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
-        with suppress(FileNotFoundError, NotADirectoryError):
+        with suppress(OSError):  # gone already, or never there
             part.unlink()
 
 

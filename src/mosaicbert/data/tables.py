@@ -92,26 +92,31 @@ def _open(path: str | Path) -> IO[bytes]:
             raise DataError(f"{path} does not exist.{did_you_mean(local.name, beside)}")
     try:
         return cast(IO[bytes], fsspec.open(str(path), "rb").open())
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:  # every store's client has its own kinds
         raise DataError(f"{path} cannot be opened: {error}") from error
 
 
 def _lines(path: str | Path, stream: IO[bytes]) -> Iterator[str]:
     """Decoded lines with their ends; a bad byte is reported with the line it stands on."""
-    source = gzip.GzipFile(fileobj=stream) if str(path).lower().endswith(".gz") else stream
+    for number, line in enumerate(_raw_lines(path, stream), 1):
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            byte = line[error.start]
+            raise DataError(
+                f"{path}, line {number}: byte 0x{byte:02x} at position {error.start + 1} "
+                "is not UTF-8. Save the file as UTF-8, for example with iconv -f WINDOWS-1252 "
+                "-t UTF-8."
+            ) from error
+
+
+def _raw_lines(path: str | Path, stream: IO[bytes]) -> Iterator[bytes]:
     try:
-        for number, line in enumerate(source, 1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                byte = line[error.start]
-                raise DataError(
-                    f"{path}, line {number}: byte 0x{byte:02x} at position {error.start + 1} "
-                    "is not UTF-8. Save the file as UTF-8, for example with iconv -f WINDOWS-1252 "
-                    "-t UTF-8."
-                ) from error
+        yield from gzip.GzipFile(fileobj=stream) if str(path).lower().endswith(".gz") else stream
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path} is damaged: {error}") from error
+    except Exception as error:  # every store's client has its own kinds
+        raise DataError(f"{path} cannot be read: {error}") from error
 
 
 Row = tuple[int, dict[str, Any]]  # line number, column -> value

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -88,15 +89,16 @@ def _whole_folder(out: Path) -> Iterator[Path]:
         raise ConfigError(f"{out} is not empty: choose another folder, or remove it.")
     temporary = out.parent / f".{out.name}.part"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         if out.exists():
             out.rmdir()
         temporary.rename(out)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{out} cannot be written: {error}.") from error
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _write_tokenizer(folder: Path, name: str | None, target: Path) -> None:

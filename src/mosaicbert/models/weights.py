@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mosaicbert.errors import CheckpointError
+from mosaicbert.retrying import retried
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = tuple(f"{name}.index.json" for name in WEIGHT_FILES)
@@ -35,22 +36,45 @@ def local_copy(path: str | Path) -> Iterator[Path]:
         local = Path(text).expanduser()
         yield local if local.exists() else _from_hub(text)
         return
-    with tempfile.TemporaryDirectory(prefix="mosaicbert-") as folder:
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix="mosaicbert-")
+    except OSError as error:
+        raise CheckpointError(f"{text} cannot be copied here: {error}") from error
+    with scratch as folder:
         try:
-            yield _fetch(text, Path(folder))
-        except (OSError, ValueError, ImportError) as error:
+            found = retried(text, lambda: _fetch(text, Path(folder)))
+        except CheckpointError:
+            raise
+        except Exception as error:  # every store's client has its own kinds
             raise CheckpointError(f"{text} cannot be copied here: {error}") from error
+        yield found
+
+
+def _kind(files: Any, path: str) -> str:
+    """`file`, `directory`, or an empty string for nothing. Raises what the store raises."""
+    try:
+        return str(files.info(path)["type"])
+    except FileNotFoundError:
+        return ""
+
+
+def _copy(files: Any, source: str, target: Path) -> None:
+    size = files.info(source)["size"]
+    files.get_file(source, str(target))
+    if size is not None and (found := target.stat().st_size) != size:
+        raise OSError(f"{source} came as {found} bytes of {size}")
 
 
 def _fetch(uri: str, folder: Path) -> Path:
-    files, root = url_to_fs(uri)
-    if files.isfile(root):
+    files, root = url_to_fs(uri, use_listings_cache=False)
+    kind = _kind(files, root)
+    if kind == "file":
         target = folder / Path(root).name
-        files.get_file(root, str(target))
+        _copy(files, root, target)
         return target
-    if not files.isdir(root):
-        raise CheckpointError(f"{uri} does not exist.")
-    if files.isfile(f"{root}/{LATEST}"):
+    if kind != "directory":
+        raise FileNotFoundError(f"{uri} does not exist.")
+    if _kind(files, f"{root}/{LATEST}") == "file":
         named = files.cat_file(f"{root}/{LATEST}").decode(errors="replace").strip()
         if named in ("", ".", "..") or "/" in named:
             raise CheckpointError(f"{uri}/{LATEST} names {named!r}, which is no folder beside it.")
@@ -59,7 +83,7 @@ def _fetch(uri: str, folder: Path) -> Path:
         name = Path(entry).name
         wanted = name.endswith((".json", ".safetensors", ".bin", ".pt", ".txt"))
         if wanted and name != "optimizer.safetensors":
-            files.get_file(entry, str(folder / name))
+            _copy(files, str(entry), folder / name)
     return folder
 
 

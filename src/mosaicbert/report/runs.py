@@ -100,7 +100,11 @@ def read_texts(folder: str, names: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for name in names:
         try:
-            found[name] = store.cat_file(f"{root}/{name}").decode()
+            size = store.info(f"{root}/{name}")["size"]
+            content = store.cat_file(f"{root}/{name}")
+            if len(content) < size:
+                raise ValueError(f"{len(content)} bytes of {size}")
+            found[name] = content.decode()
         except FileNotFoundError:
             continue
         except Exception as error:  # each store has errors of its own

@@ -159,6 +159,7 @@ def init_ranks(device: str | None, timeout_seconds: float) -> Ranks:
 
     Raises:
         ConfigError: no GPU where one was asked for, or variables that do not fit together.
+        TrainingError: the ranks do not meet in time.
     """
     rank, world_size, local_rank = _place()
     chosen = _pick_device(device, local_rank)
@@ -167,7 +168,15 @@ def init_ranks(device: str | None, timeout_seconds: float) -> Ranks:
     if world_size > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_seconds)
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        try:
+            dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+        except RuntimeError as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise TrainingError(
+                f"Rank {rank} of {world_size} did not meet the others at {where}: "
+                f"{str(error).strip().splitlines()[0]} See whether they run, and what they say; "
+                f"dist_timeout ({timeout_seconds:g} s) allows for more."
+            ) from error
     return Ranks(rank, world_size, local_rank, chosen)
 
 

@@ -6,13 +6,14 @@ The run folder holds `metrics.jsonl` (the record), `metrics.csv` (the same for a
 
 import contextlib
 import csv
+import io
 import json
 import logging
 import math
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -57,8 +58,12 @@ def build_loggers(
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there as a whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()  # gone already, unless something went wrong
 
 
 class RunFolderLogger:
@@ -89,29 +94,24 @@ class RunFolderLogger:
         Raises:
             DataError: the run folder cannot be written.
         """
-        self._describe_run()
-        if progress.batch == 0 and self.jsonl.exists():
-            os.replace(self.jsonl, self.jsonl.with_name("metrics.previous.jsonl"))
-        kept = [row for row in read_rows(self.jsonl) if row["batch"] <= progress.batch]
-        write_whole(self.jsonl, "".join(json.dumps(row) + "\n" for row in kept))
-        self._columns = dict.fromkeys(name for row in kept for name in row)
-        self._start = progress.batch
-        self._known_at_start = {n for row in kept if row["batch"] == self._start for n in row}
-        self._jsonl_file = self.jsonl.open("a", encoding="utf-8")
-        self._rewrite_csv(kept)
+        with self._telling():
+            self._describe_run()
+            if progress.batch == 0 and self.jsonl.exists():
+                os.replace(self.jsonl, self.jsonl.with_name("metrics.previous.jsonl"))
+            kept = [row for row in read_rows(self.jsonl) if row["batch"] <= progress.batch]
+            write_whole(self.jsonl, "".join(json.dumps(row) + "\n" for row in kept))
+            self._columns = dict.fromkeys(name for row in kept for name in row)
+            self._start = progress.batch
+            self._known_at_start = {n for row in kept if row["batch"] == self._start for n in row}
+            self._jsonl_file = self.jsonl.open("a", encoding="utf-8")
+            self._rewrite_csv(kept)
 
     def _describe_run(self) -> None:
         text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
         environment = json.dumps(describe_environment(), indent=2)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self.folder / "config.yaml", text)
-            write_whole(self.folder / "environment.json", environment + "\n")
-        except OSError as error:
-            raise DataError(
-                f"run_folder: {self.folder} cannot be written ({error.strerror}). Name another "
-                "folder, or null for none."
-            ) from None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / "config.yaml", text)
+        write_whole(self.folder / "environment.json", environment + "\n")
 
     def log(self, metrics: Mapping[str, float], progress: Progress) -> None:
         """Append one row."""
@@ -121,30 +121,42 @@ class RunFolderLogger:
         if progress.batch == self._start and metrics.keys() <= self._known_at_start:
             return  # a run that was at its end evaluates again, to report on it
         row = _row(metrics, progress)
-        self._jsonl_file.write(json.dumps(row) + "\n")
-        self._jsonl_file.flush()
-        if row.keys() <= self._columns.keys():
-            assert self._csv_file is not None
-            self._write_csv(self._csv_file, [row])
-        else:
-            self._columns |= dict.fromkeys(row)
-            self._rewrite_csv(read_rows(self.jsonl))
+        with self._telling():
+            self._jsonl_file.write(json.dumps(row) + "\n")
+            self._jsonl_file.flush()
+            if row.keys() <= self._columns.keys():
+                assert self._csv_file is not None
+                self._write_csv(self._csv_file, [row])
+            else:
+                self._columns |= dict.fromkeys(row)
+                self._rewrite_csv(read_rows(self.jsonl))
 
     def close(self) -> None:
         """Close both files."""
         for file in (self._jsonl_file, self._csv_file):
-            if file is not None:
-                file.close()
+            with contextlib.suppress(OSError):  # of a row that could not be written, which was told
+                if file is not None:
+                    file.close()
         self._jsonl_file = self._csv_file = None
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Turn a full disk and the like into a `DataError`."""
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"run_folder: {self.folder} cannot be written ({error.strerror}). Free space, or "
+                "name another folder, or null for none."
+            ) from error
 
     def _rewrite_csv(self, rows: Iterable[Mapping[str, Any]]) -> None:
         if self._csv_file is not None:
             self._csv_file.close()
-        part = self.csv.with_name(self.csv.name + ".part")
-        with part.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerow(self._columns)
-            self._write_csv(file, rows)
-        os.replace(part, self.csv)
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerow(self._columns)
+        self._write_csv(text, rows)
+        write_whole(self.csv, text.getvalue())
         self._csv_file = self.csv.open("a", encoding="utf-8", newline="")
 
     def _write_csv(self, file: TextIO, rows: Iterable[Mapping[str, Any]]) -> None:

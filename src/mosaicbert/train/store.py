@@ -13,15 +13,17 @@ import re
 import shutil
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from mosaicbert.errors import CheckpointError, ConfigError, MosaicBertError
+from mosaicbert.retrying import retried
 from mosaicbert.train.checkpoint import (
     STATE_FILE,
     Checkpoint,
@@ -38,10 +40,9 @@ PART = ".part-"
 ASIDE = ".part-old-"
 NAME = re.compile(r"ep(\d+)-ba(\d+)")
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure"}
-UPLOAD_WAITS = (1.0, 5.0, 20.0)
-"""Seconds before each further try of a failed upload."""
 
 WriteAssets = Callable[[Path], None]
+T = TypeVar("T")
 
 
 class SaveFolder:
@@ -67,17 +68,28 @@ class SaveFolder:
 
     def names(self) -> list[str]:
         """Whole checkpoints, oldest first."""
-        try:
-            entries = [str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._list()]
-            found = [name for name in entries if NAME.fullmatch(name)]
-            whole = [name for name in found if self.fs.exists(f"{self.root}/{name}/{STATE_FILE}")]
-        except FileNotFoundError:
-            return []
-        except Exception as error:
-            raise CheckpointError(
-                f"{self.path} cannot be listed ({error!r}). Check rights and connection."
-            ) from error
+        return self._talk("listed", self._whole) or []
+
+    def _whole(self) -> list[str]:
+        entries = [str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._list()]
+        found = [name for name in entries if NAME.fullmatch(name)]
+        whole = [name for name in found if self.fs.exists(f"{self.root}/{name}/{STATE_FILE}")]
         return sorted(whole, key=_batch)
+
+    def _talk(self, what: str, action: Callable[[], T]) -> T | None:
+        """What the store answers, tried again where it is remote; None where nothing is there.
+
+        Raises:
+            CheckpointError: it does not answer.
+        """
+        try:
+            return action() if self.is_local else retried(self.path, action)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # every store's client has its own kinds
+            raise CheckpointError(
+                f"{self.path} cannot be {what} ({error!r}). Check rights and connection."
+            ) from error
 
     def newest(self) -> str | None:
         """The checkpoint `latest` names; without one, that of the highest batch."""
@@ -89,15 +101,14 @@ class SaveFolder:
         return names[-1] if names else None
 
     def _latest(self) -> str:
-        try:
-            return str(self.fs.cat_file(f"{self.root}/{LATEST}").decode(errors="replace")).strip()
-        except FileNotFoundError:
-            return ""
+        content = self._talk("read", lambda: self.fs.cat_file(f"{self.root}/{LATEST}"))
+        return str((content or b"").decode(errors="replace")).strip()
 
     def _point_to(self, name: str) -> None:
         """Let `latest` name a checkpoint, in one go."""
         if not self.is_local:
-            _retried(lambda: self.fs.pipe_file(f"{self.root}/{LATEST}", name.encode()))
+            key = f"{self.root}/{LATEST}"
+            retried(self.uri(LATEST), lambda: self.fs.pipe_file(key, name.encode()))
             return
         pointer = Path(self.root) / f"{PART}{LATEST}"
         pointer.write_text(name + "\n", encoding="utf-8")
@@ -107,10 +118,10 @@ class SaveFolder:
 
     def run_of(self, name: str) -> str | None:
         """Identity of the run that wrote a checkpoint."""
+        text = self._talk("read", lambda: self.fs.cat_file(f"{self.root}/{name}/{STATE_FILE}"))
         try:
-            text = self.fs.cat_file(f"{self.root}/{name}/{STATE_FILE}")
-            return str(json.loads(text)["run_id"])
-        except (FileNotFoundError, ValueError, KeyError):
+            return str(json.loads(text or "")["run_id"])
+        except (ValueError, KeyError):
             return None
 
     def read(self, name: str) -> Checkpoint:
@@ -140,8 +151,10 @@ class SaveFolder:
             os.rename(Path(self.root) / name, gone)
             shutil.rmtree(gone)
             return
-        self.fs.rm_file(f"{self.root}/{name}/{STATE_FILE}")
-        self.fs.rm(f"{self.root}/{name}", recursive=True)
+        folder = f"{self.root}/{name}"
+        if self.fs.exists(f"{folder}/{STATE_FILE}"):
+            self.fs.rm_file(f"{folder}/{STATE_FILE}")
+        self.fs.rm(folder, recursive=True)
 
     def recover(self) -> None:
         """Clear away what a killed run left half-written, and put back what it had set aside.
@@ -149,10 +162,21 @@ class SaveFolder:
         A kill between a checkpoint and its `latest` leaves a pointer that names nothing: it is set.
         """
         if self.is_local:
-            self._tidy()
+            with self._saying_what_fails():
+                self._tidy()
         newest = self.newest()
         if newest is not None and newest != self._latest():
-            self._point_to(newest)
+            with self._saying_what_fails():
+                self._point_to(newest)
+
+    @contextmanager
+    def _saying_what_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # every store's client has its own kinds
+            raise CheckpointError(
+                f"{self.path} cannot be written ({error!r}). Check space, rights and connection."
+            ) from error
 
     def _tidy(self) -> None:
         root = Path(self.root)
@@ -173,10 +197,22 @@ class SaveFolder:
             return
         with scratch_folder() as folder:
             try:
-                self.fs.get(f"{self.root}/{name}/", f"{folder}/", recursive=True)
+                retried(self.uri(name), lambda: self._download(name, folder))
             except Exception as error:
                 raise CheckpointError(f"{self.uri(name)} cannot be read ({error!r}).") from error
             yield folder
+
+    def _download(self, name: str, folder: Path) -> None:
+        source = f"{self.root}/{name}"
+        sizes = {path: entry["size"] for path, entry in self.fs.find(source, detail=True).items()}
+        if not sizes:
+            raise FileNotFoundError(f"{name} is not there")
+        self.fs.get(f"{source}/", f"{folder}/", recursive=True)
+        for path, size in sizes.items():
+            local = folder / str(path).rpartition(f"{name}/")[2]
+            found = local.stat().st_size if local.exists() else 0
+            if found != size:
+                raise OSError(f"{path} came as {found} bytes of {size}")
 
     def _write_here(self, checkpoint: Checkpoint, write_assets: WriteAssets | None) -> None:
         root, name = Path(self.root), checkpoint.name
@@ -196,15 +232,13 @@ class SaveFolder:
         target = f"{self.root}/{checkpoint.name}"
         with scratch_folder() as folder:
             write_folder(checkpoint, folder, write_assets)
-            if self.fs.exists(f"{target}/{STATE_FILE}"):
-                self.remove(checkpoint.name)
+            if retried(target, lambda: self.fs.exists(f"{target}/{STATE_FILE}")):
+                retried(target, lambda: self.remove(checkpoint.name))
             files = [path for path in folder.rglob("*") if path.is_file()]
             for path in sorted(files, key=lambda path: (path.name == STATE_FILE, path)):
-                _retried(
-                    lambda path=path: self.fs.put_file(  # type: ignore[misc]
-                        str(path), f"{target}/{path.relative_to(folder)}"
-                    )
-                )
+                key = f"{target}/{path.relative_to(folder)}"
+                put = partial(self.fs.put_file, str(path), key)
+                retried(f"The upload of {key}", put)
         self._point_to(checkpoint.name)
 
 
@@ -235,16 +269,6 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _retried(action: Callable[[], None]) -> None:
-    for wait in UPLOAD_WAITS:
-        try:
-            return action()
-        except Exception as error:
-            log.warning("An upload failed (%r); next try in %g s.", error, wait)
-            time.sleep(wait)
-    return action()
 
 
 def _batch(name: str) -> int:
@@ -357,7 +381,17 @@ class CheckpointWriter:
             own = [name for name in self.folder.names() if self._is_own(name)]
             for name in own[: -self.keep]:
                 if name not in (self.newest, self.kept):
-                    self.folder.remove(name)
+                    self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        """Take an old checkpoint away; one that does not go is told of and never stops the run."""
+        try:
+            if self.folder.is_local:
+                self.folder.remove(name)
+            else:
+                retried(self.folder.uri(name), lambda: self.folder.remove(name))
+        except Exception as error:  # every store's client has its own kinds
+            log.warning("%s cannot be removed (%r).", self.folder.uri(name), error)
 
     def _is_own(self, name: str) -> bool:
         return self.folder.run_of(name) == self.run_id
