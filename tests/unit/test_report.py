@@ -269,6 +269,18 @@ def test_a_failing_report_never_stops_a_run(tmp_path, caplog):
     report_at_end(tmp_path / "missing")
 
 
+@pytest.mark.parametrize("pictures", [True, False])
+def test_a_run_of_a_minute_leaves_pictures_too(tmp_path, monkeypatch, pictures):
+    folder = write_run(tmp_path / "run", steps=1)  # its one step took a minute
+    if not pictures:
+        text = (folder / "metrics.jsonl").read_text()
+        (folder / "metrics.jsonl").write_text(text.replace("60.0", "59.0"))
+    monkeypatch.setattr("mosaicbert.report.png._draw", lambda chart, runs, path: path.touch())
+    report_at_end(folder)
+    assert (folder / "report.html").exists()
+    assert (folder / "report-png" / "loss-steps.png").exists() == pictures
+
+
 def test_a_long_run_is_reported_quickly(tmp_path):
     folder = write_run(tmp_path / "run", steps=5_000)
     began = time.process_time()
