@@ -6,7 +6,7 @@ import pytest
 from mosaicbert.cli import main
 from mosaicbert.errors import ConfigError
 from mosaicbert.plan import read_plan
-from mosaicbert.plan.command import machine_of
+from mosaicbert.plan.machine import machine_of
 
 ROOT = Path(__file__).parents[2]
 BASE = str(ROOT / "yamls/main/mosaic-bert-base-uncased.yaml")
