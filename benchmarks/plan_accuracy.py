@@ -99,7 +99,9 @@ def main() -> None:
     record = {
         "claim": "mosaicbert plan --measure is within 15 % of the memory and time of the run",
         "environment": describe_environment(),
-        "variables": {key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "HF_HUB_OFFLINE")},
+        "variables": {
+            key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "MALLOC_MMAP_THRESHOLD_")
+        },
         "cases": {
             name: {"command": [job, yaml, *words], "rows": rows[name]}
             for name, (job, yaml, words) in CASES.items()
