@@ -39,6 +39,7 @@ def examine(config: BaseModel | None = None) -> list[Check]:
     found += job.check_folders(config)
     if config is not None:
         found += job.check_data(config)
+        found += job.check_files(config)
         found += job.check_stores(config)
         found += job.check_tokenizer(config)
     return found
