@@ -247,6 +247,9 @@ def test_what_is_no_run_folder_is_told(tmp_path):
         read_run(str(tmp_path))
     with pytest.raises(DataError, match="no run folder"):
         read_run(str(tmp_path / "missing"))
+    write_run(tmp_path / "runs/first")
+    with pytest.raises(DataError, match=r"Runs in it: first\. Name"):
+        read_run(str(tmp_path / "runs"))
     with pytest.raises(DataError, match="no way to nosuch://"):
         read_run("nosuch://bucket/run")
     folder = write_run(tmp_path / "run")
