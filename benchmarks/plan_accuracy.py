@@ -42,8 +42,10 @@ CASES = {
 """Command, YAML and what is changed of it."""
 
 
-def command(*words: str) -> tuple[str, float, int]:
-    """Run `mosaicbert`; what it printed, its seconds, and the most memory of one process in it."""
+def command(*words: str) -> tuple[str, float, float, int]:
+    """Run `mosaicbert`: what it printed, seconds by the wall and by the CPU, and the most memory
+    of one process in it.
+    """
     began = time.monotonic()
     with tempfile.TemporaryFile("w+") as out:
         child = subprocess.Popen([sys.executable, "-m", "mosaicbert", *words], stdout=out)
@@ -53,7 +55,8 @@ def command(*words: str) -> tuple[str, float, int]:
         if child.returncode:
             raise SystemExit(f"{' '.join(words)} ended with {child.returncode}")
         out.seek(0)
-        return out.read(), seconds, usage.ru_maxrss * 1024
+        cpu = usage.ru_utime + usage.ru_stime
+        return out.read(), seconds, cpu, usage.ru_maxrss * 1024
 
 
 def compare(job: str, yaml: str, overrides: list[str], data: str) -> dict[str, Any]:
@@ -66,17 +69,21 @@ def compare(job: str, yaml: str, overrides: list[str], data: str) -> dict[str, A
         words.append(f"run_folder={folder}/run")
         words += ["save_finetune_checkpoint_prefix=null", "save_finetune_checkpoint_folder=null"] \
             if job == "glue" else ["save_folder=null"]  # fmt: skip
-        _, seconds, peak = command(job, *words)
-    whole = planned["seconds"] + planned["evaluation_seconds"]
-    whole += planned["measured"]["start_seconds"]
+        _, seconds, cpu, peak = command(job, *words)
+    start = planned["measured"]["start_seconds"]
+    steps = planned["seconds"] + planned["evaluation_seconds"]
     row = {
-        "planned_seconds": whole,
+        "planned_seconds": steps + start,
         "seconds": seconds,
+        "planned_cpu_seconds": (steps + start) * planned["measured"]["cpu_share"],
+        "cpu_seconds": cpu,
         "counted_bytes": planned["memory"]["total"],
         "measured_bytes": planned["measured"]["peak_bytes"],
         "peak_bytes": peak,
         "load_before": load,
+        "load_after": os.getloadavg()[0],
     }
+    row["cpu_seconds_off"] = row["planned_cpu_seconds"] / cpu - 1
     row["seconds_off"] = row["planned_seconds"] / seconds - 1
     row["counted_bytes_off"] = row["counted_bytes"] / peak - 1
     row["measured_bytes_off"] = row["measured_bytes"] / peak - 1

@@ -58,6 +58,7 @@ def glue_plan(
         found["measured"] = {
             "peak_bytes": max(probe.peak_bytes for probe in probes.values()),
             # the first job of a slot's process imports what all need, and so does the command
+            "cpu_share": min(probe.cpu_share for probe in probes.values()),
             "start_seconds": 2 * starts[-1] + starts[0] * (found["jobs"] / slots - 2),
         }
     if "seconds" in found:

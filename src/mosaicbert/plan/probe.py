@@ -42,6 +42,10 @@ class Probe:
     """Most memory of the GPU, or on a CPU of the process."""
     start_seconds: float
     """From the start of the process to the first step, which a run takes once."""
+    cpu_share: float
+    """CPU time of the process over the wall clock; well below the number of threads where others
+    use the CPU too, or the data are waited for.
+    """
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -118,7 +122,9 @@ def probe_job(values: Mapping[str, Any], microbatch: int, run: Run, began: float
         start = time.time() - began
         a_step = warm.progress.token / warm.progress.batch / warm.tokens_per_second
         steps = min(max(math.ceil(SECONDS / a_step), FEWEST_STEPS), MOST_STEPS)
+        cpu, wall = time.process_time(), time.perf_counter()
         result = run(shortened(values, steps, batch, f"{folder}/run"))
+        cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         rows = (Path(folder) / "run/metrics.jsonl").read_text().splitlines()
     last = [row for row in map(json.loads, rows) if "loss/train/total" in row][-1]
     progress = result.progress
@@ -132,6 +138,7 @@ def probe_job(values: Mapping[str, Any], microbatch: int, run: Run, began: float
         eval_tokens_per_second=tokens / evaluation if result.metrics and evaluation > 0 else None,
         peak_bytes=_peak_bytes(),
         start_seconds=max(start - 2 * a_step, 0.0),
+        cpu_share=cpu / wall,
     )
 
 
