@@ -291,7 +291,7 @@ def test_the_command_ends_with_1_where_a_run_would_stop(tmp_path, offline, capsy
     path.write_text(json.dumps(config(tmp_path).model_dump(by_alias=True, exclude_unset=True)))
     assert main(["doctor", str(path)]) == 1
     text = capsys.readouterr().out
-    assert "1 problems" in text
+    assert "1 problem," in text
     assert "\x1b" not in text
     assert all(len(line) <= 80 or "/" in line for line in text.splitlines())
     with_index(tmp_path)

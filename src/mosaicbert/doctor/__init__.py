@@ -77,4 +77,5 @@ def _print(found: list[Check], console: Console) -> None:
         shown.stylize(STYLES[check.state], 0, 8)
         console.print(shown, soft_wrap=True)
     counts = {s: sum(check.state == s for check in found) for s in ("problem", "warning")}
-    console.print(f"{counts['problem']} problems, {counts['warning']} warnings", soft_wrap=True)
+    words = [f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items()]
+    console.print(", ".join(words), soft_wrap=True)
