@@ -14,7 +14,7 @@ from mosaicbert.plan.estimate import estimate
 from mosaicbert.plan.glue import glue_plan
 from mosaicbert.plan.jobs import classification_job, pretraining_job
 from mosaicbert.plan.machine import Machine, machine_of
-from mosaicbert.plan.probe import Probe, measure
+from mosaicbert.plan.probe import SECONDS, Probe, measure
 from mosaicbert.plan.text import lines
 
 Config = PretrainConfig | ClassifyConfig | GlueConfig
@@ -44,8 +44,8 @@ def plan(
     return estimate(job, machine, price, next(iter((probes or {}).values()), None))
 
 
-def measured(config: Config, machine: Machine) -> dict[str, Probe]:
-    """A few steps of the job on this machine.
+def measured(config: Config, machine: Machine, seconds: float = SECONDS) -> dict[str, Probe]:
+    """A few steps of the job on this machine, for about so many seconds.
 
     Raises:
         ConfigError: the plan is for another machine.
@@ -57,9 +57,9 @@ def measured(config: Config, machine: Machine) -> dict[str, Probe]:
             "or --measure."
         )
     if isinstance(config, GlueConfig):
-        return measure(config, GLUE_MICROBATCH)
+        return measure(config, GLUE_MICROBATCH, seconds)
     chosen = plan(config, machine)["microbatch"]["samples"]
-    return measure(config, chosen)
+    return measure(config, chosen, seconds)
 
 
 GLUE_MICROBATCH = 48

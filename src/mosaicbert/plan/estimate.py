@@ -132,6 +132,11 @@ def _memory(job: TrainingJob, machine: Machine, found: dict[str, Any]) -> None:
     }
     tokens = chosen * job.max_seq_len
     found["microbatch"] = {"samples": chosen, "tokens": tokens, "most": max(fits, 0)}
+    if process:
+        found["notes"].append(
+            "Memory: libc's allocator keeps some of what is freed, so a long run on a CPU holds "
+            "more; with MALLOC_MMAP_THRESHOLD_=262144 it gives that back, at some cost in speed."
+        )
     _judge(job, machine, found, cap, checkpointing)
 
 

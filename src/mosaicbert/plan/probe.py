@@ -52,18 +52,27 @@ class Probe:
         return asdict(self)
 
 
-def measure(config: TrainerConfig | GlueConfig, microbatch: int) -> dict[str, Probe]:
+def measure(
+    config: TrainerConfig | GlueConfig, microbatch: int, seconds: float = SECONDS
+) -> dict[str, Probe]:
     """Probes of a job, by name: one, or of GLUE one for each task.
 
     Args:
         microbatch: samples that a device takes at a time; a step has a few of them at most.
+        seconds: of measured steps; the start and the warm-up come on top.
 
     Raises:
         MosaicBertError: the job cannot run here; says why.
     """
     kind = type(config).__name__
     values = config.model_dump(mode="json", by_alias=True)
-    request = {"kind": kind, "config": values, "microbatch": microbatch, "began": time.time()}
+    request = {
+        "kind": kind,
+        "config": values,
+        "microbatch": microbatch,
+        "seconds": seconds,
+        "began": time.time(),
+    }
     done = subprocess.run(
         [sys.executable, "-m", "mosaicbert.plan.probe"],
         input=json.dumps(request),
@@ -114,14 +123,16 @@ def shortened(values: Mapping[str, Any], steps: int, batch: int, folder: str) ->
     return {key: value for key, value in short.items() if value is not None}
 
 
-def probe_job(values: Mapping[str, Any], microbatch: int, run: Run, began: float) -> Probe:
-    """Two steps to warm up, then as many as some seconds have, and an evaluation."""
+def probe_job(
+    values: Mapping[str, Any], microbatch: int, seconds: float, run: Run, began: float
+) -> Probe:
+    """Two steps to warm up, then as many as `seconds` have, and an evaluation."""
     batch = min(values["global_train_batch_size"], microbatch * MICROBATCHES)
     with tempfile.TemporaryDirectory() as folder:
         warm = run(shortened(values, 2, batch, f"{folder}/warm"))
         start = time.time() - began
         a_step = warm.progress.token / warm.progress.batch / warm.tokens_per_second
-        steps = min(max(math.ceil(SECONDS / a_step), FEWEST_STEPS), MOST_STEPS)
+        steps = min(max(math.ceil(seconds / a_step), FEWEST_STEPS), MOST_STEPS)
         cpu, wall = time.process_time(), time.perf_counter()
         result = run(shortened(values, steps, batch, f"{folder}/run"))
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
@@ -150,7 +161,9 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _glue(values: Mapping[str, Any], microbatch: int, began: float) -> dict[str, Probe]:
+def _glue(
+    values: Mapping[str, Any], microbatch: int, seconds: float, began: float
+) -> dict[str, Probe]:
     """The first job of each task, one after another, as a slot's process runs them."""
     from mosaicbert import run as jobs_run
     from mosaicbert.finetuning import finetune
@@ -173,7 +186,7 @@ def _glue(values: Mapping[str, Any], microbatch: int, began: float) -> dict[str,
             return finetune(config, train, sets, ranks=ranks)
 
         config = job.config.model_dump(mode="json", by_alias=True)
-        found[task.name] = probe_job(config, microbatch, run, began)
+        found[task.name] = probe_job(config, microbatch, seconds, run, began)
         began = time.time()
     return found
 
@@ -184,13 +197,14 @@ def main() -> int:
     from mosaicbert.pretraining import pretrain
 
     request = json.load(sys.stdin)
-    values, microbatch, began = request["config"], request["microbatch"], request["began"]
+    values, began = request["config"], request["began"]
+    microbatch, seconds = request["microbatch"], request["seconds"]
     try:
         if request["kind"] == GlueConfig.__name__:
-            found = _glue(values, microbatch, began)
+            found = _glue(values, microbatch, seconds, began)
         else:
             run: Run = pretrain if request["kind"] == PretrainConfig.__name__ else classify
-            found = {values["run_name"]: probe_job(values, microbatch, run, began)}
+            found = {values["run_name"]: probe_job(values, microbatch, seconds, run, began)}
     except MosaicBertError as error:
         print(str(error).replace("\n", " "), file=sys.stderr)
         return error.exit_code
