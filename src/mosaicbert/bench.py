@@ -22,6 +22,7 @@ from mosaicbert.config import PretrainConfig, TrainerConfig, load_config
 from mosaicbert.data.packing import Sample, pack_samples, pad_samples
 from mosaicbert.data.tokenizers import load_tokenizer
 from mosaicbert.duration import Duration
+from mosaicbert.errors import ConfigError
 from mosaicbert.models.build import build_model, compile_model, is_packed, use_fp8
 from mosaicbert.train.backward import Backward
 from mosaicbert.train.distributed import Ranks, init_ranks
@@ -186,6 +187,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Time the YAML's step on this machine; its data need not be there."""
+    if args.steps < 1:
+        raise ConfigError(f"--steps {args.steps}: there must be at least 1.")
     config = load_config(PretrainConfig, args.config, args.overrides)
     run.set_log_level(config.python_log_level)
     ranks = init_ranks(config.device, config.dist_timeout)

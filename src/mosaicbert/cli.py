@@ -106,6 +106,9 @@ def guarded(run: Callable[[], int]) -> int:
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     """Parse, taking `key=value` words wherever they stand when the command has `overrides`."""
+    for action in parser._actions:
+        if action.dest == "overrides":
+            action.required = False  # or argparse would list it among what is missing
     options, rest = parser.parse_known_args(list(words))
     if rest:
         stray = [word for word in rest if word.startswith("-") or "=" not in word]

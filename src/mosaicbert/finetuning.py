@@ -196,7 +196,8 @@ def finetune(
     tokenizer.model_max_length = config.max_seq_len  # what `predict` cuts texts to
     model = _model(config, train, len(tokenizer))
     if config.load_path:
-        load_weights(model, config.load_path, new_head=new_head)
+        with run.naming("load_path"):
+            load_weights(model, config.load_path, new_head=new_head)
     if config.class_weights is not None:
         model.class_weights = _weights(train)
 
@@ -277,15 +278,16 @@ def _model(config: ClassifyConfig, train: Labelled, vocab_size: int) -> nn.Modul
             f"model.num_labels is {num_labels}, but the data have {train.num_labels}. "
             "Leave the key out to take it from the data."
         )
-    model: Any = build_model(
-        config.model,
-        kind.task,
-        num_labels=num_labels,
-        problem_type=kind.problem_type,
-        algorithms=config.algorithms,
-        max_seq_len=config.max_seq_len,
-        vocab_size=vocab_size,
-    )
+    with run.naming_model(config.model):
+        model: Any = build_model(
+            config.model,
+            kind.task,
+            num_labels=num_labels,
+            problem_type=kind.problem_type,
+            algorithms=config.algorithms,
+            max_seq_len=config.max_seq_len,
+            vocab_size=vocab_size,
+        )
     if train.label_names:
         model.config.id2label = dict(enumerate(train.label_names))
         model.config.label2id = {name: index for index, name in enumerate(train.label_names)}

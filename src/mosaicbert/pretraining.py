@@ -34,16 +34,18 @@ def _pretrain(config: PretrainConfig) -> TrainResult:
     ranks = run.start(config)
     try:
         tokenizer = load_tokenizer(config.tokenizer_name)
-        model: Any = build_model(
-            config.model,
-            "mlm",
-            algorithms=config.algorithms,
-            max_seq_len=config.max_seq_len,
-            vocab_size=len(tokenizer),
-        )
+        with run.naming_model(config.model):
+            model: Any = build_model(
+                config.model,
+                "mlm",
+                algorithms=config.algorithms,
+                max_seq_len=config.max_seq_len,
+                vocab_size=len(tokenizer),
+            )
         model.mlm_share = _mean_mask_rate(config)  # counts the head's FLOPs
         if config.load_path and config.load_weights_only:
-            load_weights(model, config.load_path)
+            with run.naming("load_path"):
+                load_weights(model, config.load_path)
         shape: dict[str, Any] = {
             "rank": ranks.rank,
             "world_size": ranks.world_size,

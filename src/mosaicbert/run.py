@@ -3,8 +3,10 @@
 import gc
 import logging
 import math
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from mosaicbert.batch import Loader
-from mosaicbert.config import TrainerConfig
+from mosaicbert.config import ModelConfig, TrainerConfig
 from mosaicbert.duration import Duration
-from mosaicbert.errors import ConfigError
+from mosaicbert.errors import CheckpointError, ConfigError
 from mosaicbert.models.build import compile_model, use_fp8
 from mosaicbert.redaction import RedactingFormatter, redact_text
 from mosaicbert.report import report_at_end
@@ -159,6 +161,36 @@ def _asset_writer(model: Any, tokenizer: PreTrainedTokenizerBase) -> Callable[[P
         tokenizer.save_pretrained(folder)
 
     return write
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Puts the key that named a checkpoint before what is wrong with it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}: {error}") from error
+
+
+@contextmanager
+def naming_model(settings: ModelConfig) -> Iterator[None]:
+    """The same for what `build_model` reads, and for values of the wrong kind in its shape."""
+    named = "pretrained_checkpoint" if settings.pretrained_checkpoint else "use_pretrained"
+    try:
+        with naming(f"model.{named}"):
+            yield
+    except ConfigError as error:
+        found = _WRONG_KIND.search(str(error))
+        if found is None:
+            raise
+        key, kinds, value = found.groups()
+        raise ConfigError(
+            f"model.model_config.{key}: {value} is not allowed: must be of the kind {kinds}."
+        ) from None
+
+
+_WRONG_KIND = re.compile(r"Field '(\w+)' expected (.+?), got .*?\(value: (.*)\)")
+"""What transformers says of a configuration's value."""
 
 
 def print_result(result: TrainResult, title: str) -> None:

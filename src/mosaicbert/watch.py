@@ -16,7 +16,7 @@ from rich.console import Console
 from mosaicbert.duration import Duration, Progress
 from mosaicbert.errors import DataError
 from mosaicbert.report.facts import progress_of
-from mosaicbert.report.runs import open_folder, read_texts
+from mosaicbert.report.runs import open_folder, read_texts, runs_inside
 from mosaicbert.train.console import (
     CHECKPOINT,
     EVAL,
@@ -201,8 +201,8 @@ def _config(folder: str) -> dict[str, Any]:
             f"{jobs[-1]} (there are: {', '.join(jobs)})."
         )
     raise DataError(
-        f"{folder} is no run folder: it has no config.yaml. Name the folder that `run_folder` in "
-        "the YAML stands for, such as runs/NAME."
+        f"{folder} is no run folder: it has no config.yaml.{runs_inside(folder)} Name the folder "
+        "that `run_folder` in the YAML stands for, such as runs/NAME."
     )
 
 

@@ -132,7 +132,22 @@ MAIN = str(ROOT / "yamls/test/main.yaml")
         (["pretrain", MAIN, "train_loader.dataset.split=trian"], "Splits there: train_small, val"),
         (["pretrain", MAIN, "model.name=bert"], "must be 'hf_bert', 'mosaic_bert'"),
         (["pretrain", MAIN, "model.model_config.num_attention_heads=3"], "128 does not divide"),
+        (
+            ["pretrain", MAIN, "model.model_config.num_hidden_layers=two"],
+            "model.model_config.num_hidden_layers: 'two' is not allowed: must be of the kind int",
+        ),
         (["pretrain", MAIN, "load_path=nothing-here"], "nothing-here"),
+        (
+            ["pretrain", MAIN, "model.pretrained_checkpoint=gone.pt"],
+            "model.pretrained_checkpoint: gone.pt does not exist",
+        ),
+        (
+            ["pretrain", MAIN, "load_path=gone", "load_weights_only=true"],
+            "load_path: gone does not exist",
+        ),
+        (["pretrain", MAIN, "save_folder=my-copy-c4/val/index.json/x"], "index.json is a file"),
+        (["pretrain", MAIN, "data_remote=nosuch://x", "data_local=x"], "Write s3://, gs://"),
+        (["bench", MAIN, "--steps", "0"], "--steps 0: there must be at least 1"),
         (["glue", str(ROOT / "yamls/test/glue.yaml"), "tasks.rt={}"], 'Did you mean "rte"?'),
         (["convert", "--dataset", "gone", "--out_root", "x"], "gone"),
         (["convret"], 'Did you mean "convert"?'),

@@ -1,12 +1,16 @@
 """What people see of a run: the report it leaves, and the commands that look at it."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from mosaicbert.cli import main
+from mosaicbert.config import PretrainConfig, load_config
+from mosaicbert.plan.command import measured, plan
+from mosaicbert.plan.machine import machine_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,17 +64,32 @@ def test_watch_shows_a_finished_run(home):
     assert all(len(line) <= 80 for line in lines)
 
 
-def test_plan_measures_here(home):
-    yaml = ROOT / "yamls/test/main.yaml"
-    found = json.loads(command("plan", yaml, "--measure", "--json", cwd=home))
+def test_plan_measures_here_with_the_jobs_own_steps(home, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = ["eval_loader.num_workers=0", "train_loader.num_workers=0"]
+    config = load_config(PretrainConfig, ROOT / "yamls/test/main.yaml", words)
+    here = machine_of(None, None, "cpu")
+    probes = measured(config, here, seconds=0.1)
+    found = plan(config, here, probes=probes)
     assert found["steps"] == 10
     assert found["data"]["download_bytes"] == 0
+    assert found["tokens_per_sample"] < 128
     assert found["seconds"] > 0
+    assert found["evaluations"] == 1
+    assert found["evaluation_seconds"] > 0
+    assert 0.5 < found["memory"]["total"] / found["measured"]["peak_bytes"] < 2
+    assert list((home / "runs").iterdir()) == [home / "runs/run"]  # it leaves nothing
 
 
-def test_doctor_looks_at_the_runs_needs(home):
-    text = command("doctor", ROOT / "yamls/test/main.yaml", cwd=home)
+def test_doctor_looks_at_the_runs_needs(home, monkeypatch, capsys):
+    """In this process, to spare the imports of a new one."""
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yaml = str(ROOT / "yamls/test/main.yaml")
+    assert main(["doctor", yaml]) == 0
+    text = capsys.readouterr().out
     assert "train_loader ./my-copy-c4" in text
     assert "0 problems" in text
-    assert "problem  train_loader" in command("doctor", ROOT / "yamls/test/main.yaml",
-                                              "data_local=gone", cwd=home, code=1)  # fmt: skip
+    assert main(["doctor", yaml, "data_local=gone"]) == 1
+    assert "problem  train_loader" in capsys.readouterr().out

@@ -69,7 +69,8 @@ def test_main_recipe_has_the_published_values():
         ),
         ("global_train_batch_size=0", "global_train_batch_size: 0 is not allowed: must be greater"),
         ("device_train_microbatch_size=foo", "'foo' is not allowed: must be an integer or 'auto'"),
-        ("optimizer.betas=[0.9]", "optimizer.betas: [0.9] is not allowed"),
+        ("optimizer.betas=[0.9]", "[0.9] is not allowed: must be a list of two values"),
+        ("optimizer=5", "optimizer: 5 is not allowed: must be a section of keys"),
         ("optimizer.lr=-1", "optimizer.lr: -1 is not allowed: must be greater than 0"),
         ("foo=1", "foo: unknown key. Allowed here: run_name, seed"),
         ("max_duration=", "max_duration: this key is needed"),
@@ -186,6 +187,22 @@ def test_keys_of_a_section_are_listed_once():
     assert "zzzz: unknown key." in str(error.value)
 
 
-def test_a_yaml_of_glue_is_told_from_others():
-    with pytest.raises(ConfigError, match="a YAML of `mosaicbert glue`"):
-        load_config(PretrainConfig, {"tasks": {"rte": {}}, "data_dir": "x"})
+@pytest.mark.parametrize(
+    ("schema", "name", "job"),
+    [
+        (PretrainConfig, "glue", "glue"),
+        (PretrainConfig, "sequence_classification", "classify"),
+        (ClassifyConfig, "main", "pretrain"),
+        (GlueConfig, "main", "pretrain"),
+    ],
+)
+def test_a_yaml_of_another_job_is_told_by_its_command(schema, name, job):
+    with pytest.raises(ConfigError, match=f"is a YAML for `mosaicbert {job}`"):
+        load_config(schema, ROOT / f"yamls/test/{name}.yaml")
+
+
+def test_a_folder_or_a_slip_in_place_of_a_yaml():
+    with pytest.raises(ConfigError, match=r"is a folder\. .* has: glue\.yaml, main\.yaml"):
+        load_config(PretrainConfig, ROOT / "yamls/test")
+    with pytest.raises(ConfigError, match=r'Did you mean "main\.yaml"'):
+        load_config(PretrainConfig, ROOT / "yamls/test/man.yaml")

@@ -6,6 +6,7 @@ from pydantic import BaseModel, TypeAdapter
 from mosaicbert.completion import keys_of
 from mosaicbert.config.jobs import ClassifyConfig, GlueConfig, PretrainConfig
 from mosaicbert.config.reference import PARTS, reference, rows
+from mosaicbert.config.units import UNITS, unit
 
 PAGE = Path(__file__).parents[2] / "docs/configuration.md"
 
@@ -21,6 +22,7 @@ def test_every_key_has_a_meaning_and_an_example_that_is_allowed(_heading, prefix
     for key, kind, _default, example, meaning in rows(prefix, schema, but):
         assert meaning, key
         assert kind, key
+        assert unit(key, kind), key
         name = key.removeprefix(prefix)
         fields = {
             field.alias or field_name: field for field_name, field in schema.model_fields.items()
@@ -37,3 +39,8 @@ def test_no_key_is_missing_from_the_page(schema):
     for key in keys_of(schema):
         general = key.replace("eval_loader.", "train_loader.")
         assert general in listed, key
+
+
+def test_every_unit_is_that_of_a_key():
+    names = {row[0].rpartition(".")[2] for part in PARTS for row in rows(*part[1:])}
+    assert set(UNITS) <= names

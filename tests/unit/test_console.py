@@ -103,6 +103,18 @@ def test_a_progress_display_on_a_terminal():
     assert "last checkpoint at ba 500" in shown
 
 
+def test_what_the_end_of_a_run_brings_stays_on_the_screen():
+    console = terminal()
+    logger = build(console)
+    logger.log(STEP, at(1000))
+    logger.log({"metrics/eval/accuracy": 0.75}, at(1000))
+    logger.log({"checkpoint/batch": 1000.0}, at(1000))
+    logger.close()
+    shown = console.file.getvalue()
+    assert "last eval at ba 1000: accuracy 0.7500" in shown
+    assert "last checkpoint at ba 1000" in shown
+
+
 def test_no_color_is_honoured(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     console = terminal()

@@ -5,16 +5,19 @@ import resource
 import shutil
 import socket
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mosaicbert.cli import main
-from mosaicbert.config import PretrainConfig
+from mosaicbert.config import ClassifyConfig, GlueConfig, PretrainConfig, load_config
 from mosaicbert.doctor import job, machine
 from mosaicbert.doctor.check import within
 from mosaicbert.models import kernels
+
+ROOT = Path(__file__).parents[2]
 
 
 def only(found):
@@ -81,6 +84,7 @@ def a_gpu(monkeypatch, free):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80e9))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(machine, "_nvidia_smi", lambda: "550.1")
+    monkeypatch.setattr(machine, "_device", lambda index: torch.device("cpu"))
 
 
 def test_a_gpu_that_others_use_is_a_warning(monkeypatch):
@@ -90,6 +94,78 @@ def test_a_gpu_that_others_use_is_a_warning(monkeypatch):
     assert "10 of 80 GB free" in check.text
     a_gpu(monkeypatch, free=79e9)
     assert [check.state for check in machine.check_gpus()] == ["ok", "ok"]
+
+
+def test_a_gpu_that_is_seen_but_cannot_be_used_is_a_problem(monkeypatch):
+    def fail(index):
+        raise RuntimeError("CUDA error: no kernel image is available\nmore lines")
+
+    a_gpu(monkeypatch, free=79e9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    _, check = machine.check_gpus()
+    assert check.state == "problem"
+    assert check.text.endswith("no kernel image is available")
+    assert "CUDA_VISIBLE_DEVICES" in check.remedy
+
+
+def test_several_gpus_need_nccl_and_rocm_is_named(monkeypatch):
+    a_gpu(monkeypatch, free=79e9)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    cuda, first, second, nccl = machine.check_gpus()
+    assert cuda.text.startswith("ROCm 7.1")
+    assert (first.state, second.state, nccl.state) == ("ok", "ok", "problem")
+
+
+def test_a_gpu_of_unknown_peak_is_told(monkeypatch):
+    a_gpu(monkeypatch, free=79e9)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 MIG 1g.10gb")
+    _, check = machine.check_gpus()
+    assert "no MFU" in check.text
+
+
+def test_kernels_on_a_gpu(monkeypatch, tmp_path):
+    a_gpu(monkeypatch, free=79e9)
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/cc")
+    monkeypatch.setattr(kernels, "why_not", lambda _: None)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda _: str(tmp_path))
+    versions = {"triton": "3.7.1"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: versions[name])
+    assert [check.state for check in machine.check_compiler()] == ["ok", "ok"]
+    versions["triton"] = "3.5.0"
+    old, _ = machine.check_compiler()
+    assert (old.state, "triton>=3.6" in old.remedy) == ("warning", True)
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    monkeypatch.setattr(machine.importlib, "import_module", lambda _: Triton)
+    assert next(machine.check_compiler()).text.startswith("Triton 3.8.0")
+    (tmp_path / "Python.h").unlink()
+    assert list(machine.check_compiler())[1].remedy.startswith("apt-get install python3-dev")
+    monkeypatch.setattr(kernels, "why_not", lambda _: "NVIDIA T4 is older than 8.0")
+    assert next(machine.check_compiler()).state == "note"
+
+
+Triton = SimpleNamespace(__version__="3.8.0")
+
+
+def absent(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+def test_which_attention_runs_on_a_gpu(monkeypatch, tmp_path):
+    a_gpu(monkeypatch, free=79e9)
+    tiny = {"name": "mosaic_bert", "pretrained_model_name": "prajjwal1/bert-tiny"}
+    tiny["model_config"] = {"num_attention_heads": 2}  # heads of 64, as the shape has them
+    check = only(job.check_attention(config(tmp_path, model=tiny)))
+    assert (check.state, check.text.startswith("triton on cuda")) == ("ok", True)
+    dropout = {"name": "mosaic_bert", "model_config": {"attention_probs_dropout_prob": 0.1}}
+    check = only(job.check_attention(config(tmp_path, model=dropout)))
+    assert (check.state, check.text.startswith("sdpa on cuda")) == ("warning", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    check = only(job.check_attention(config(tmp_path, model=tiny)))
+    assert "older than" in check.text
 
 
 def test_no_c_compiler_is_a_problem_where_there_is_a_gpu(monkeypatch):
@@ -161,6 +237,20 @@ def test_data_that_is_not_there_is_a_problem(tmp_path):
     assert only(job.check_data(config(tmp_path))).state == "ok"
 
 
+def test_files_of_fine_tuning(tmp_path, monkeypatch):
+    glue = load_config(GlueConfig, ROOT / "yamls/test/glue.yaml", [f"data_dir={tmp_path}"])
+    assert {check.state for check in job.check_files(glue)} == {"problem"}
+    (tmp_path / "mnli").mkdir()
+    assert [check.state for check in job.check_files(glue)] == ["ok", "problem"]
+    monkeypatch.setattr(job, "find_spec", lambda _: None)
+    hub = glue.model_copy(update={"data_dir": None})
+    assert "mosaicbert[hub]" in only(job.check_files(hub)).remedy
+    words = ["data.train=gone.csv", f"data.validation={tmp_path}/mnli"]
+    yaml = ROOT / "yamls/test/sequence_classification.yaml"
+    found = list(job.check_files(load_config(ClassifyConfig, yaml, words)))
+    assert [check.state for check in found] == ["problem", "ok"]
+
+
 @pytest.mark.parametrize("scheme", ["nosuch", "file"])
 def test_data_in_a_store(tmp_path, scheme):
     remote = f"{scheme}://{tmp_path}"
@@ -201,7 +291,7 @@ def test_the_command_ends_with_1_where_a_run_would_stop(tmp_path, offline, capsy
     path.write_text(json.dumps(config(tmp_path).model_dump(by_alias=True, exclude_unset=True)))
     assert main(["doctor", str(path)]) == 1
     text = capsys.readouterr().out
-    assert "1 problems" in text
+    assert "1 problem," in text
     assert "\x1b" not in text
     assert all(len(line) <= 80 or "/" in line for line in text.splitlines())
     with_index(tmp_path)

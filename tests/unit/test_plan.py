@@ -1,12 +1,20 @@
 import json
+import math
+import time
 from pathlib import Path
 
 import pytest
 
 from mosaicbert.cli import main
+from mosaicbert.config import ClassifyConfig, PretrainConfig, check, load_config
+from mosaicbert.data.examples import sample_examples
+from mosaicbert.duration import Progress
 from mosaicbert.errors import ConfigError
 from mosaicbert.plan import read_plan
-from mosaicbert.plan.command import machine_of
+from mosaicbert.plan.command import measured
+from mosaicbert.plan.machine import machine_of
+from mosaicbert.plan.probe import Probe, probe_job
+from mosaicbert.train.record import TrainResult
 
 ROOT = Path(__file__).parents[2]
 BASE = str(ROOT / "yamls/main/mosaic-bert-base-uncased.yaml")
@@ -52,7 +60,7 @@ def test_a_microbatch_that_fits_does_and_the_next_does_not():
 def test_auto_takes_what_fits():
     found = read_plan(BASE, ["device_train_microbatch_size=auto"], gpu="T4", gpus=1)
     assert 1 <= found["microbatch"]["samples"] == found["microbatch"]["most"] < 512
-    assert any("nothing like this was measured" in note for note in found["notes"])
+    assert any("no record of pre-training like this" in note for note in found["notes"])
 
 
 def test_gradient_checkpointing_makes_room():
@@ -119,3 +127,86 @@ def test_a_gpu_that_is_not_known_is_told():
         machine_of("h1000", 1)
     with pytest.raises(ConfigError, match="at least one"):
         machine_of("h100", 0)
+
+
+CLASSIFY = ROOT / "yamls/test/sequence_classification.yaml"
+GLUE = ROOT / "yamls/test/glue.yaml"
+
+
+def probe(**changes):
+    values = {"steps": 9, "tokens_per_second": 1000.0, "eval_tokens_per_second": 4000.0}
+    values |= {"peak_bytes": 10**9, "start_seconds": 5.0, "cpu_share": 1.0}
+    return Probe(**(values | changes))
+
+
+def test_classification_counts_its_data_and_evaluations():
+    found = read_plan(CLASSIFY, ["max_duration=2ep", "eval_interval=1ep"], probes={"x": probe()})
+    examples = found["data"]["samples"]
+    assert found["steps"] == 2 * (examples // 16)  # drop_last
+    assert 10 < found["tokens_per_sample"] < 128
+    assert found["seconds"] == pytest.approx(found["tokens"] / 1000)
+    assert found["evaluations"] == 2
+    tokens = len(sample_examples("validation")) * found["tokens_per_sample"]
+    assert found["evaluation_seconds"] == pytest.approx(2 * tokens / 4000)
+    assert found["memory"]["process"] > 10e6
+
+
+def test_classification_on_a_gpu_tells_that_nobody_measured_it():
+    found = read_plan(CLASSIFY, ["data.train=gone.csv"], gpu="h100", gpus=1)
+    assert "seconds" not in found
+    assert any("gone.csv does not exist" in note for note in found["notes"])
+    assert any("no record of fine-tuning" in note for note in found["notes"])
+
+
+def test_glue_sums_its_jobs(capsys):
+    probes = {"mnli": probe(), "rte": probe(peak_bytes=2 * 10**9, start_seconds=1.0)}
+    found = read_plan(GLUE, probes=probes)
+    assert (found["jobs"], found["steps"]) == (3, 12)
+    rows = {row["task"]: row for row in found["tasks"]}
+    assert found["seconds"] == pytest.approx(rows["mnli"]["seconds"] + 2 * rows["rte"]["seconds"])
+    assert found["memory"]["total"] == max(row["memory_bytes"] for row in rows.values())
+    assert found["measured"]["peak_bytes"] == 2 * 10**9
+    assert found["measured"]["start_seconds"] == 2 * 5 + 1
+    assert main(["plan", str(GLUE)]) == 0
+    text = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:2] == ["rte", "2"] for line in text)
+    assert all(len(line) <= 80 for line in text)
+
+
+def test_glue_of_the_hub_is_planned_without_fetching_it():
+    found = read_plan(ROOT / "yamls/finetuning/glue/mosaic-bert-base-uncased.yaml", gpu="h100")
+    rows = {row["task"]: row for row in found["tasks"]}
+    assert rows["mnli"]["steps"] == math.ceil(3 * 392_702 / 48)
+    assert rows["mnli"]["tokens_per_sample"] == 256
+    assert not found["problems"]
+
+
+def test_steps_are_measured_on_the_machine_they_are_planned_for():
+    config = load_config(ClassifyConfig, CLASSIFY)
+    with pytest.raises(ConfigError, match="takes steps on this machine, which has no 1 x H200"):
+        measured(config, machine_of("h200", 1))
+
+
+def test_a_probe_takes_a_few_microbatches_and_writes_nowhere_else():
+    values = load_config(PretrainConfig, BASE).model_dump(mode="json", by_alias=True)
+    values |= {"mlm_probability": [0.3, 0.1], "save_folder": "s3://bucket", "loggers": {}}
+    seen = []
+
+    def run(short):
+        config = check(PretrainConfig, short)
+        seen.append(config)
+        Path(config.run_folder).mkdir()
+        row = {"loss/train/total": 1.0, "seconds": 8.0}
+        Path(config.run_folder, "metrics.jsonl").write_text(json.dumps(row))
+        steps = int(config.max_duration[:-2])
+        progress = Progress(batch=steps, sample=steps * 40, token=steps * 4000)
+        return TrainResult(progress, 1.0, {"metrics/eval/loss": 1.0}, None, 20.0, 2000.0)
+
+    found = probe_job(values, 10, 10.0, run, time.time())
+    warm, measured_run = seen
+    assert (warm.max_duration, measured_run.max_duration) == ("2ba", "5ba")  # 2 s a step
+    assert warm.global_train_batch_size == 40
+    assert warm.mlm_probability == pytest.approx(0.2)
+    assert (warm.save_folder, warm.loggers) == (None, None)
+    samples = 2 * warm.device_eval_batch_size
+    assert found.eval_tokens_per_second == pytest.approx(samples * 100 / 10)  # 20 - 8 - 2 s

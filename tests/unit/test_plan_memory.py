@@ -9,6 +9,7 @@ from mosaicbert.models import kernels
 from mosaicbert.models.configuration import HfBertConfig, MosaicBertConfig
 from mosaicbert.models.hf_bert import BertForMaskedLM, HfBertForMaskedLM
 from mosaicbert.models.mosaic_bert import MosaicBertForMaskedLM
+from mosaicbert.models.register import model_class
 from mosaicbert.plan.memory import Path, activations
 
 TOKENS, SEQ, ROWS = 32, 16, 8
@@ -120,6 +121,21 @@ def test_hf_bert(changes):
         make, lambda layers: config(num_hidden_layers=layers, **(SHAPE | changes)), False, PLAIN, 2,
         0.01,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["classification", "token-classification"])
+@pytest.mark.parametrize("name", ["mosaic_bert", "hf_bert"])
+def test_classifiers(name, task):
+    packed = name == "mosaic_bert"
+    kind = MosaicBertConfig if packed else BertConfig
+    config = kind(num_hidden_layers=4, num_labels=3, **SHAPE)
+    model = model_class("mosaic_bert" if packed else "bert", task)(config).train()
+    whole = batch(packed)
+    whole.target_positions = None
+    rows = TOKENS // SEQ if task == "classification" else TOKENS
+    whole.labels = torch.zeros(rows if packed or rows != TOKENS else (2, SEQ), dtype=torch.long)
+    counted = activations(config, PLAIN, task).of(TOKENS, rows, 4, checkpointing=False)
+    assert counted == pytest.approx(kept_bytes(model, whole), rel=0.05)
 
 
 def test_gradient_checkpointing_keeps_one_layer_and_the_inputs():

@@ -247,6 +247,9 @@ def test_what_is_no_run_folder_is_told(tmp_path):
         read_run(str(tmp_path))
     with pytest.raises(DataError, match="no run folder"):
         read_run(str(tmp_path / "missing"))
+    write_run(tmp_path / "runs/first")
+    with pytest.raises(DataError, match=r"Runs in it: first\. Name"):
+        read_run(str(tmp_path / "runs"))
     with pytest.raises(DataError, match="no way to nosuch://"):
         read_run("nosuch://bucket/run")
     folder = write_run(tmp_path / "run")
@@ -267,6 +270,18 @@ def test_a_failing_report_never_stops_a_run(tmp_path, caplog):
     assert "No report of" in caplog.text
     report_at_end(None)
     report_at_end(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("pictures", [True, False])
+def test_a_run_of_a_minute_leaves_pictures_too(tmp_path, monkeypatch, pictures):
+    folder = write_run(tmp_path / "run", steps=1)  # its one step took a minute
+    if not pictures:
+        text = (folder / "metrics.jsonl").read_text()
+        (folder / "metrics.jsonl").write_text(text.replace("60.0", "59.0"))
+    monkeypatch.setattr("mosaicbert.report.png._draw", lambda chart, runs, path: path.touch())
+    report_at_end(folder)
+    assert (folder / "report.html").exists()
+    assert (folder / "report-png" / "loss-steps.png").exists() == pictures
 
 
 def test_a_long_run_is_reported_quickly(tmp_path):

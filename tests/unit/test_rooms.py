@@ -22,7 +22,8 @@ ALLOWED = {
     "train": BASE | {"train", "slurm"},
     "launch": BASE | {"launch", "slurm"},
     "report": BASE | {"train", "report"},
-    "plan": BASE | {"run", "data", "models", "train", "bench", "plan"},
+    "plan": BASE
+    | {"run", "pretraining", "finetuning", "glue_suite", "data", "models", "train", "plan"},
     "doctor": BASE | {"data", "models", "train"},
     "completion": BASE | {"cli"},
     "watch": BASE | {"train", "report"},

@@ -221,7 +221,7 @@ def test_no_data_set(tmp_path: Path) -> None:
         DataError, match=r'split "train_smal"\)\. Splits there: train_small\. Did you mean'
     ):
         folder_of(None, tmp_path, split="train_smal")
-    with pytest.raises(ConfigError, match="where is the text"):
+    with pytest.raises(ConfigError, match="Where is the text"):
         folder_of(None, None)
     with pytest.raises(ConfigError, match="give `local`"):
         folder_of("faulty://bucket/data", None)

@@ -5,7 +5,7 @@ import argparse
 from pydantic import BaseModel
 
 from mosaicbert.config.jobs import ClassifyConfig, GlueConfig, PretrainConfig
-from mosaicbert.config.load import dump_config, load_config
+from mosaicbert.config.load import dump_config, load_config, told_job
 
 SCHEMAS: dict[str, type[BaseModel]] = {
     "pretrain": PretrainConfig,
@@ -44,7 +44,6 @@ def job_of(path: str) -> str:
     except (OSError, ValueError, yaml.YAMLError):
         return "pretrain"  # load_config tells what is wrong with the file
     keys = content if isinstance(content, dict) else {}
-    if "tasks" in keys:
-        return "glue"
     loader = keys.get("train_loader")
-    return "classify" if isinstance(loader, dict) and "dataset" not in loader else "pretrain"
+    lacks = isinstance(loader, dict) and "dataset" not in loader
+    return told_job(keys) or ("classify" if lacks else "pretrain")

@@ -21,6 +21,13 @@ Schema = TypeVar("Schema", bound=BaseModel)
 _REFERENCE = re.compile(r"\$\{\s*([A-Za-z_]\w*)")
 _FREE_FORM = {"model_config", "trainer_kwargs", "loggers"}
 """Sections whose null values mean something; elsewhere null is 'not given'."""
+_OWN_KEY = {"pretrain": "mlm_probability", "classify": "class_weights", "glue": "tasks"}
+"""A key that only one job's schema has."""
+_SIGNS = {
+    "pretrain": "its train_loader has a `dataset`",
+    "classify": "its train_loader has a `split` and no `dataset`",
+    "glue": "it has `tasks`",
+}
 
 
 def load_config(
@@ -58,12 +65,24 @@ def check(schema: type[Schema], values: Mapping[str, Any], where: str = "configu
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        if "tasks" in values and "tasks" not in schema.model_fields:
+        ours = next((job for job, key in _OWN_KEY.items() if key in schema.model_fields), None)
+        theirs = told_job(values)
+        if ours and theirs and theirs != ours:
             raise ConfigError(
-                f"{where}: it has `tasks`, so it is a YAML of `mosaicbert glue`; this command "
-                "takes one of another job."
+                f"{where} is a YAML for `mosaicbert {theirs}`: {_SIGNS[theirs]}. Give it to that "
+                f"command, or this one a YAML for `mosaicbert {ours}`."
             ) from None
         raise ConfigError("\n".join([f"{where}:", *_faults(schema, error, values)])) from None
+
+
+def told_job(values: Mapping[str, Any]) -> str | None:
+    """The job that a YAML's content is for, where a section tells."""
+    if "tasks" in values:
+        return "glue"
+    loader = values.get("train_loader")
+    if not isinstance(loader, Mapping):
+        return None
+    return "pretrain" if "dataset" in loader else "classify" if "split" in loader else None
 
 
 def dump_config(config: BaseModel) -> str:
@@ -74,9 +93,12 @@ def dump_config(config: BaseModel) -> str:
 
 def _read(path: Path) -> DictConfig:
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        hint = f" {path.parent}/ has: {', '.join(near)}." if near else ""
-        raise ConfigError(f"There is no configuration file {path}.{hint}")
+        folder = path if path.is_dir() else path.parent
+        names = sorted(p.name for p in folder.glob("*.y*ml")) if folder.is_dir() else []
+        near = did_you_mean(path.name, names) if folder != path else ""
+        hint = f" {folder}/ has: {', '.join(names)}." if names else ""
+        what = f"{path} is a folder" if folder == path else f"There is no configuration file {path}"
+        raise ConfigError(f"{what}.{near or hint} Name a YAML file.")
     try:
         content = OmegaConf.load(path)
     except yaml.YAMLError as error:
@@ -158,8 +180,10 @@ def _faults(schema: type[BaseModel], error: ValidationError, values: Any) -> lis
 
 def _allowed(details: Mapping[str, Any]) -> str:
     """What pydantic would have taken, in a few words."""
-    if details["type"] == "missing":
-        return "complete (a value is missing)"
+    if details["type"] == "missing" or details["type"] == "too_long":
+        return "a list of two values"  # the only lists of a fixed length
+    if details["type"] in ("model_type", "dict_type", "model_attributes_type"):
+        return "a section of keys, such as {key: value}"
     message: str = details["msg"].removeprefix("Value error, ")
     message = message.removeprefix("Input should be ").split(", unable")[0].split(", got")[0]
     return message.replace("a valid ", "a ").replace("a integer", "an integer").rstrip(".")

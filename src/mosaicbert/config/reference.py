@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from mosaicbert.config import jobs, sections
+from mosaicbert.config.units import unit
 
 HEAD = """\
 # Configuration reference
@@ -23,7 +24,7 @@ check CONFIG` only checks it.
 
 A *time* is a number and a unit: `10ba` (batches, that is optimizer steps), `3ep` (epochs),
 `1000000sp` (samples), `1000000tok` (tokens), `600sec`, `1h30m`, and `0.06dur` (share of
-`max_duration`). Where no default stands, the key is needed.
+`max_duration`). Its unit is the one it is written in. Where no default stands, the key is needed.
 """
 
 PARTS: tuple[tuple[str, str, type[BaseModel], type[BaseModel] | None], ...] = (
@@ -170,11 +171,11 @@ def _part(heading: str, prefix: str, schema: type[BaseModel], but: type[BaseMode
     lines = [
         f"## {heading}",
         "",
-        "| key | kind | default | example | meaning |",
-        "|---|---|---|---|---|",
+        "| key | kind | unit | default | example | meaning |",
+        "|---|---|---|---|---|---|",
     ]
     for key, shown, usual, value, meaning in rows(prefix, schema, but):
-        cells = (f"`{key}`", shown, usual, f"`{text(value)}`", meaning)
+        cells = (f"`{key}`", shown, unit(key, shown), usual, f"`{text(value)}`", meaning)
         lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join([*lines, ""])
 

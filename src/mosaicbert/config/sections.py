@@ -189,7 +189,7 @@ class TaskLoaderConfig(Strict):
     num_workers: NonNegativeInt = 0
     """Read for compatibility; tokenised samples are kept in memory."""
     pin_memory: bool | None = None
-    """Page-locked batches. Default: on with a GPU."""
+    """Read for compatibility."""
     prefetch_factor: PositiveInt | None = None
     """Read for compatibility."""
     persistent_workers: bool | None = None

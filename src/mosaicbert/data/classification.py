@@ -128,7 +128,8 @@ class ClassificationLoader:
         if self.num_samples == 0:
             raise ConfigError(
                 f"{len(texts)} samples in batches of {batch_size}, drop_last: {drop_last}, subset: "
-                f"{subset_batches} batches: not one batch is left. Make the batch smaller."
+                f"{subset_batches} batches: not one batch is left. Lower global_train_batch_size, "
+                "or set drop_last: false."
             )
 
     def steps_in_epoch(self, epoch: int, sample_in_epoch: int = 0) -> int:

@@ -25,7 +25,7 @@ from mosaicbert.data.sources import (
     find_files,
     hub_parts,
 )
-from mosaicbert.errors import ConfigError, DataError
+from mosaicbert.errors import ConfigError, DataError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +219,8 @@ def _pieces(request: Request, is_only: bool) -> list[Piece]:
             hint = " or hold a part of train out with --val_fraction" * (source == "validation")
             raise DataError(
                 f'{root} has no file for the split "{request.split}": none has "{source}" in its '
-                f"name. Rename one{hint}, or ask for other --splits."
+                f"name.{did_you_mean(request.split, SPLITS)} Rename one{hint}, or ask for other "
+                "--splits."
             )
         cut = cut_into_pieces(chosen, max(request.size_limit // 2, 1), request.paragraphs)
         groups = list(cut)

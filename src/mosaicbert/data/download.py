@@ -254,6 +254,8 @@ def _hopeless(error: Exception) -> str:
         return "Check the credentials and permissions."
     if isinstance(error, ImportError):
         return "Install this store's client: mosaicbert has the extras s3, gcs and azure."
+    if isinstance(error, ValueError) and "Protocol not known" in str(error):
+        return "Write s3://, gs://, az://, file:// or another that fsspec knows."
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return "Free space, choose another local folder, or set cache_limit."
     return ""

@@ -50,7 +50,11 @@ def open_folder(config: DatasetConfig, name: str, stream: StreamConfig) -> Shard
     split = stream.split or ""
     local, remote = _without_scheme(stream.local), _without_scheme(stream.remote)
     if local is None and remote is None:
-        raise ConfigError(f"{name}: give `local`, `remote` or both: where is the text?")
+        where = "`dataset`" if name == "dataset" else f"streams.{name}"
+        raise ConfigError(
+            f"Where is the text? Give {where} `local`, `remote` or both (in most YAMLs by the keys "
+            "data_local and data_remote)."
+        )
     if local is None and "://" in str(remote):
         raise ConfigError(f"{name}: give `local`, the folder that {remote} is copied to.")
     if local is None or (remote is not None and Path(local).resolve() == Path(remote).resolve()):
@@ -136,7 +140,10 @@ def _without_scheme(path: str | None) -> str | None:
 def _no_data_set(local: Path, split: str) -> str:
     folder = local / split
     if not local.is_dir():
-        return f"There is no folder {local}. Make a data set with `mosaicbert convert`."
+        return (
+            f"There is no folder {local} (key `local` of a `dataset`, in most YAMLs data_local). "
+            "Make a data set with `mosaicbert convert`, or name the folder of one."
+        )
     splits = sorted(child.parent.name for child in local.glob(f"*/{INDEX}"))
     there = f" Splits there: {', '.join(splits)}." if splits else ""
     lacks = "has no index.json, so it is no data set" if folder.is_dir() else "is not there"

@@ -124,7 +124,8 @@ class StepLoader:
             raise DataError(
                 f"{plan.num_positions} samples make not one batch of {plan.size_at(0, 0)} "
                 f"(drop_last: {plan.drop_last}, subset of batches: {plan.subset_batches}). Take "
-                "more data, or a smaller batch."
+                "more data, or a smaller batch (global_train_batch_size; of an evaluation "
+                "device_eval_batch_size)."
             )
 
     def steps_in_epoch(self, epoch: int, sample_in_epoch: int = 0) -> int:

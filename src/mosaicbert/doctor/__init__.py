@@ -39,6 +39,7 @@ def examine(config: BaseModel | None = None) -> list[Check]:
     found += job.check_folders(config)
     if config is not None:
         found += job.check_data(config)
+        found += job.check_files(config)
         found += job.check_stores(config)
         found += job.check_tokenizer(config)
     return found
@@ -76,4 +77,5 @@ def _print(found: list[Check], console: Console) -> None:
         shown.stylize(STYLES[check.state], 0, 8)
         console.print(shown, soft_wrap=True)
     counts = {s: sum(check.state == s for check in found) for s in ("problem", "warning")}
-    console.print(f"{counts['problem']} problems, {counts['warning']} warnings", soft_wrap=True)
+    words = [f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items()]
+    console.print(", ".join(words), soft_wrap=True)

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 from mosaicbert.doctor.check import GB, SECONDS, Check, within
 from mosaicbert.errors import ConfigError, MosaicBertError
 from mosaicbert.models.attention import explain_backend
+from mosaicbert.models.build import SHAPES
 
 
 def check_attention(config: BaseModel | None) -> Iterator[Check]:
@@ -30,7 +32,7 @@ def check_attention(config: BaseModel | None) -> Iterator[Check]:
     if model is not None and model.name == "hf_bert":
         yield Check("attention", "ok", "HF BERT: torch's scaled_dot_product_attention, padded")
         return
-    changes = {} if model is None else model.overrides
+    changes = {} if model is None else SHAPES.get(model.pretrained_model_name, {}) | model.overrides
     heads, width = changes.get("num_attention_heads", 12), changes.get("hidden_size", 768)
     dropout = changes.get("attention_probs_dropout_prob", 0.0)
     device = torch.device("cuda" if gpu else "cpu")
@@ -92,6 +94,32 @@ def check_data(config: BaseModel) -> Iterator[Check]:
                 yield Check(name, "problem", f"{remote}: not there", "check data_remote and split")
             else:
                 yield _reach(name, remote)
+
+
+def check_files(config: BaseModel) -> Iterator[Check]:
+    """Whether the files of fine-tuning are there: own data, or GLUE's folder."""
+    data = getattr(config, "data", None)
+    for key in ("train", "validation"):
+        path = getattr(data, key, None)
+        if path not in (None, "sample"):
+            yield _check_file(f"data.{key}", path)
+    if not hasattr(config, "data_dir"):
+        return
+    folder = config.data_dir
+    if folder is None and find_spec("datasets") is None:
+        yield Check("data_dir", "problem", "not set, and GLUE from the hub needs the package "
+                    "datasets", "pip install 'mosaicbert[hub]', or set data_dir")  # fmt: skip
+    elif folder not in (None, "sample"):
+        for task in getattr(config, "tasks", {}):
+            yield _check_file("data_dir", f"{folder}/{task}")
+
+
+def _check_file(name: str, path: str) -> Check:
+    if "://" in path:
+        return _reach(name, path)
+    if Path(path).exists():
+        return Check(name, "ok", path)
+    return Check(name, "problem", f"{path}: not there", f"check {name}")
 
 
 def check_stores(config: BaseModel) -> Iterator[Check]:

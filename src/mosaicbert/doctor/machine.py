@@ -1,5 +1,6 @@
 """Looks at the machine: packages, GPUs, compiler, threads, memory, limits, network."""
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -8,17 +9,20 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from mosaicbert.doctor.check import GB, SECONDS, Check, within
 from mosaicbert.models import kernels
 from mosaicbert.train.hardware import find_device
 
 HUB = "huggingface.co"
+LEAST_TRITON = "3.6"
 
 
 def check_packages() -> Iterator[Check]:
@@ -61,16 +65,37 @@ def check_gpus() -> Iterator[Check]:
                 "older CUDA; in a container, start it with --gpus all",
             )  # fmt: skip
         return
-    yield Check("cuda", "ok", f"{torch.version.cuda}, driver {driver or 'unknown'}")
-    for index in range(torch.cuda.device_count()):
+    built_for = torch.version.cuda or f"ROCm {torch.version.hip}"
+    yield Check("cuda", "ok", f"{built_for}, driver {driver or 'unknown'}")
+    count = torch.cuda.device_count()
+    for index in range(count):
+        yield _check_gpu(index)
+    if count > 1 and not torch.distributed.is_nccl_available():
+        yield Check("nccl", "problem", f"{count} GPUs, but this torch is built without NCCL",
+                    "install torch from pytorch.org, or use one GPU: --nproc 1")  # fmt: skip
+
+
+def _check_gpu(index: int) -> Check:
+    """Whether one GPU works, is free, and is one whose peak is known."""
+    try:
         name = torch.cuda.get_device_name(index)
         free, total = torch.cuda.mem_get_info(index)
-        known = "" if find_device(name) else "; its peak is not known, so there is no MFU"
-        text = f"{index}: {name}, {free / GB:.0f} of {total / GB:.0f} GB free{known}"
-        if free < total / 2:
-            yield Check("gpu", "warning", text, "others use it: see nvidia-smi")
-        else:
-            yield Check("gpu", "ok", text)
+        torch.zeros(1, device=_device(index)).add_(1).item()
+    except RuntimeError as error:  # torch's own for all that CUDA says
+        fault = str(error).strip().splitlines()[0]
+        return Check("gpu", "problem", f"{index}: torch sees it but cannot use it: {fault}",
+                     "see nvidia-smi: it may be full, in exclusive use, or too old or too new for "
+                     "this torch (pytorch.org has others); CUDA_VISIBLE_DEVICES leaves it out",
+                     )  # fmt: skip
+    known = "" if find_device(name) else "; its peak is not known, so there is no MFU"
+    text = f"{index}: {name}, {free / GB:.0f} of {total / GB:.0f} GB free{known}"
+    if free < total / 2:
+        return Check("gpu", "warning", text, "others use it: see nvidia-smi")
+    return Check("gpu", "ok", text)
+
+
+def _device(index: int) -> torch.device:
+    return torch.device("cuda", index)
 
 
 def check_compiler() -> Iterator[Check]:
@@ -78,19 +103,38 @@ def check_compiler() -> Iterator[Check]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objection = kernels.why_not(device)
     if objection is None:
-        version = importlib.metadata.version("triton")
-        yield Check("kernels", "ok", f"Triton {version}: attention, GeGLU and LayerNorm are fused")
+        yield _check_triton()
     elif device.type == "cuda" and "not installed" in objection:
         yield Check("kernels", "warning", objection, "pip install triton: much faster on a GPU")
     else:
         yield Check("kernels", "note", f"none: {objection}")
-    if shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc"):
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    has_compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    if has_compiler and device.type == "cuda" and not headers.exists():
+        yield Check("compiler", "problem", f"{headers} is missing, which Triton compiles with",
+                    "apt-get install python3-dev (of this Python), or set compile: false and "
+                    "MOSAICBERT_ATTENTION=sdpa")  # fmt: skip
+    elif has_compiler:
         yield Check("compiler", "ok", "there is a C compiler for torch.compile")
     elif device.type == "cuda":
         yield Check("compiler", "problem", "no C compiler, which torch.compile and Triton call",
                     "apt-get install gcc, or set compile: false")  # fmt: skip
     else:
         yield Check("compiler", "note", "no C compiler: compile: true would fail")
+
+
+def _check_triton() -> Check:
+    """Whether the release of Triton is one that the kernels are made for."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # some builds of torch bring it by other names
+        version = str(importlib.import_module("triton").__version__)
+    if Version(version) < Version(LEAST_TRITON):
+        least = f"triton>={LEAST_TRITON}"
+        return Check("kernels", "warning", f"Triton {version}; the kernels need {least}",
+                     f"pip install '{least}', or a torch that brings it")  # fmt: skip
+    text = f"Triton {version}: attention, GeGLU and LayerNorm are fused"
+    return Check("kernels", "ok", text)
 
 
 def check_threads() -> Iterator[Check]:

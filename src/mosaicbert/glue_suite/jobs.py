@@ -187,9 +187,10 @@ def _glue(
 def _check_start(path: str | None) -> None:
     """Raise CheckpointError where the checkpoint to start from is not there."""
     from mosaicbert.models.weights import local_copy
+    from mosaicbert.run import naming
 
     if path is not None and "://" not in path:
-        with local_copy(path):
+        with naming("starting_checkpoint_load_path"), local_copy(path):
             pass
 
 

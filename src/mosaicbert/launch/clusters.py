@@ -205,7 +205,8 @@ def read_run(path: Path) -> CloudRun:
         text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+        what = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path} cannot be read ({what}). Name the YAML of a job.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} is no YAML of a job: it must hold keys and values.")
     if "parameters" not in values:

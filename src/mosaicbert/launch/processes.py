@@ -146,7 +146,7 @@ def _told_share(told: Mapping[str, str | None], nproc: int) -> NodeShare | None:
         flags = " and ".join(f"--{name} ({name.upper()})" for name in missing)
         raise ConfigError(
             f"world_size {world_size} needs several machines with {nproc} processes each, but "
-            f"{flags} is not given."
+            f"these are not given: {flags}. On one machine alone, --nproc {world_size} is enough."
         )
     if world_size % nproc:
         raise ConfigError(

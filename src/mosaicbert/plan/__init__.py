@@ -1,4 +1,4 @@
-"""What a pre-training run will need, before it runs: `mosaicbert plan`."""
+"""What a run will need, before it runs: `mosaicbert plan`."""
 
 from mosaicbert.plan.command import add_arguments, main, plan, read_plan
 

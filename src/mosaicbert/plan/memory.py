@@ -5,7 +5,7 @@ what autograd really saves, on the CPU, with the kernels and without. Sizes per 
 "rows" are the masked tokens, the only ones that the last layer and the head of Mosaic BERT run on.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 CONTEXT_BYTES = 0.8e9
@@ -59,10 +59,25 @@ class Activations:
         return self.embeddings * tokens + layers + (self.head_row + self.logits_row) * rows
 
 
-def activations(config: Any, path: Path) -> Activations:
-    """What a model of this configuration (`MosaicBertConfig` or `BertConfig`) keeps."""
+def activations(config: Any, path: Path, task: str = "mlm") -> Activations:
+    """What a model of this configuration (`MosaicBertConfig` or `BertConfig`) keeps.
+
+    Classifiers run their last layer on every token; their rows are the sequences, or (of
+    `token-classification`) the tokens.
+    """
     is_mosaic = config.model_type == "mosaic_bert"
-    return _mosaic(config, path) if is_mosaic else _hf_bert(config, path)
+    kept = _mosaic(config, path) if is_mosaic else _hf_bert(config, path)
+    if task == "mlm":
+        return kept
+    width, dropout = config.hidden_size, config.hidden_dropout_prob > 0
+    pooler = (2 if task == "classification" else 0) * width * path.activation
+    return replace(
+        kept,
+        last_layer_token=kept.layer,
+        last_layer_row=0.0,
+        head_row=pooler + width * (path.activation + dropout * path.mask),
+        logits_row=config.num_labels * (path.activation + 8.0),
+    )
 
 
 def _mosaic(config: Any, path: Path) -> Activations:

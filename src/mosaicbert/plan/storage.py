@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mosaicbert.config import PretrainConfig
+from mosaicbert.config import TrainerConfig
 from mosaicbert.config.sections import DatasetConfig, StreamConfig
 from mosaicbert.data.download import Patience, read_bytes
 from mosaicbert.data.mds_index import parse_index
@@ -69,7 +69,7 @@ def free_bytes(folder: str | None) -> int | None:
     return shutil.disk_usage(path).free
 
 
-def checkpoints_kept(config: PretrainConfig, num_saves: float) -> int:
+def checkpoints_kept(config: TrainerConfig, num_saves: float) -> int:
     """How many checkpoints lie in the save folder at the end; one more while one is written."""
     if config.save_folder is None:
         return 0

@@ -14,6 +14,10 @@ from mosaicbert.train.loggers import write_whole
 log = logging.getLogger(__name__)
 
 NAME = "report.html"
+PNG_AFTER_SECONDS = 60.0
+"""Runs from this length on also leave PNGs: drawing them takes some seconds, which a run of
+minutes does not feel and a test of ten batches would.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,10 +74,15 @@ def write_report(
 
 
 def report_at_end(folder: str | Path | None) -> None:
-    """Leave `report.html` in a run's folder; a failure is told and never stops the run."""
+    """Leave `report.html` in a run's folder, and after a long run PNGs in `report-png/` beside it.
+
+    A failure is told and never stops the run.
+    """
     if folder is None or not Path(folder).is_dir():
         return
     try:
-        write_report([str(folder)], Path(folder) / NAME)
+        rows = read_run(str(folder)).rows
+        is_long = bool(rows) and rows[-1]["seconds"] >= PNG_AFTER_SECONDS
+        write_report([str(folder)], Path(folder) / NAME, png=is_long)
     except Exception as error:  # the training is done and saved: nothing here may undo that
         log.warning("No report of %s: %s: %s", folder, type(error).__name__, error)

@@ -51,6 +51,7 @@ svg .line { fill: none; stroke-width: 1.6; }
 svg .marked { fill: none; stroke-width: 1; stroke-dasharray: 3 2; }
 @media print { body { padding: 0; font-size: 11px; max-width: none; }
   .charts { grid-template-columns: 1fr 1fr; }
+  pre { columns: 2; font-size: 8px; line-height: 1.3; }
   details::details-content { content-visibility: visible; block-size: auto; } }
 """
 

@@ -40,7 +40,7 @@ def _draw(chart: Chart, runs: Sequence[Run], path: Path) -> None:
     axes.set_xlabel(chart.x_label)
     if chart.categories:
         axes.set_xticks(range(len(chart.categories)), chart.categories)
-    else:
+    elif chart.x_label != "hours":  # 0.005 of them is no "5m"
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if chart.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -64,8 +65,9 @@ def read_run(folder: str) -> Run:
     texts = read_texts(folder, FILES)
     if "metrics.jsonl" not in texts and "glue.json" not in texts:
         raise DataError(
-            f"{folder} is no run folder: it has neither metrics.jsonl nor glue.json. Name the "
-            "folder that `run_folder` in the YAML stands for, such as runs/NAME."
+            f"{folder} is no run folder: it has neither metrics.jsonl nor glue.json."
+            f"{runs_inside(folder)} Name the folder that `run_folder` in the YAML stands for, such "
+            "as runs/NAME."
         )
     config = redact(_mapping(folder, "config.yaml", texts))
     return Run(
@@ -76,6 +78,13 @@ def read_run(folder: str) -> Run:
         environment=redact(_mapping(folder, "environment.json", texts)),
         glue=_mapping(folder, "glue.json", texts) or None,
     )
+
+
+def runs_inside(folder: str) -> str:
+    """`' Runs in it: a, b.'` for a folder of run folders on this machine, else an empty string."""
+    found = sorted(path.parent.name for path in Path(folder).glob("*/config.yaml"))
+    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    return f" Runs in it: {', '.join(found[:8])}{more}." if found else ""
 
 
 def open_folder(folder: str) -> tuple[Any, str]:

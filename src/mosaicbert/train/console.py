@@ -116,6 +116,7 @@ class ProgressDisplay:
         self._live = Live(console=console, refresh_per_second=4)
         self._last_eval = ""
         self._last_checkpoint = ""
+        self._step: tuple[Mapping[str, float], Progress, float | None] | None = None
 
     def log(self, metrics: Mapping[str, float], progress: Progress) -> None:
         """Show the newest figures."""
@@ -127,8 +128,9 @@ class ProgressDisplay:
             else:
                 self._last_checkpoint = line
         if LOSS in metrics:
-            left = self.course.seconds_left(metrics, progress)
-            self._live.update(self._draw(metrics, progress, left))
+            self._step = (metrics, progress, self.course.seconds_left(metrics, progress))
+        if self._step is not None:  # also after an event: it changes the last lines
+            self._live.update(self._draw(*self._step))
 
     def close(self) -> None:
         """Leave the last state on the screen."""

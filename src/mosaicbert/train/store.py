@@ -306,6 +306,7 @@ def check_save_folder(folder: SaveFolder, run_id: str | None, overwrite: bool) -
 
     `run_id`: of the run that is being resumed, if any.
     """
+    _check_writable(folder)
     newest = folder.newest()
     if newest is None or overwrite or (run_id and folder.run_of(newest) == run_id):
         return
@@ -314,6 +315,20 @@ def check_save_folder(folder: SaveFolder, run_id: str | None, overwrite: bool) -
         "autoresume: true to go on with that run, save_overwrite: true to write over it, or "
         "choose another run_name or save_folder."
     )
+
+
+def _check_writable(folder: SaveFolder) -> None:
+    """Tell of a folder here that cannot be written before hours of training, not after them."""
+    if not folder.is_local:
+        return
+    path = Path(folder.root).absolute()
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        what = "may not be written by this user" if path.is_dir() else "is a file"
+        raise ConfigError(
+            f"save_folder: {folder.path} cannot be made: {path} {what}. Name another folder."
+        )
 
 
 class CheckpointWriter:
