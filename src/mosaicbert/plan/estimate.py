@@ -222,7 +222,8 @@ def _rate(
         found["notes"].append("Speed of a CPU: --measure takes a few steps here and tells.")
         return None
     path, model_type = path_of(job, machine), job.model.config.model_type
-    row = speed.measured(model_type, path.compiled) if job.task == "mlm" else None
+    fp8 = job.config.precision == "fp8"
+    row = speed.measured(model_type, path.compiled, fp8) if job.task == "mlm" else None
     row = row if path.kernels or model_type != "mosaic_bert" else None
     if row is None:
         what = "pre-training like this" if job.task == "mlm" else "fine-tuning"
