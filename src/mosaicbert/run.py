@@ -196,7 +196,9 @@ _WRONG_KIND = re.compile(r"Field '(\w+)' expected (.+?), got .*?\(value: (.*)\)"
 def print_result(result: TrainResult, title: str) -> None:
     """The last lines of a run: what it reached and where it lies."""
     rows: dict[str, Any] = {
-        "loss/train": f"{result.train_loss:.4f}",
+        "loss/train": "- (no step was left to take: max_duration is reached)"
+        if math.isnan(result.train_loss)
+        else f"{result.train_loss:.4f}",
         **{name: f"{value:.4f}" for name, value in sorted(result.metrics.items())},
     }
     if not math.isnan(result.tokens_per_second):

@@ -70,6 +70,7 @@ def test_main_recipe_has_the_published_values():
         ("global_train_batch_size=0", "global_train_batch_size: 0 is not allowed: must be greater"),
         ("device_train_microbatch_size=foo", "'foo' is not allowed: must be an integer or 'auto'"),
         ("optimizer.betas=[0.9]", "[0.9] is not allowed: must be a list of two values"),
+        ("mlm_probability=a", "'a' is not allowed: must be a number or a list, such as [a]"),
         ("optimizer=5", "optimizer: 5 is not allowed: must be a section of keys"),
         ("optimizer.lr=-1", "optimizer.lr: -1 is not allowed: must be greater than 0"),
         ("foo=1", "foo: unknown key. Allowed here: run_name, seed"),

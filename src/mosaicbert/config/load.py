@@ -182,6 +182,8 @@ def _allowed(details: Mapping[str, Any]) -> str:
     """What pydantic would have taken, in a few words."""
     if details["type"] == "missing" or details["type"] == "too_long":
         return "a list of two values"  # the only lists of a fixed length
+    if details["type"] == "list_type":
+        return f"a list, such as [{details['input']}]"
     if details["type"] in ("model_type", "dict_type", "model_attributes_type"):
         return "a section of keys, such as {key: value}"
     message: str = details["msg"].removeprefix("Value error, ")

@@ -17,7 +17,13 @@ from mosaicbert.train.best import Best
 from mosaicbert.train.checkpoint import Checkpoint, load_model, load_optimizer, take_snapshot
 from mosaicbert.train.distributed import Ranks
 from mosaicbert.train.record import Monitor
-from mosaicbert.train.store import CheckpointWriter, SaveFolder, check_save_folder, locate
+from mosaicbert.train.store import (
+    CheckpointWriter,
+    SaveFolder,
+    check_save_folder,
+    check_writable,
+    locate,
+)
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +175,10 @@ class Saving:
 
     def _recover(self) -> None:
         if self.config.save_folder is not None:
-            SaveFolder(self._named(self.config.save_folder)).recover()
+            folder = SaveFolder(self._named(self.config.save_folder))
+            if self.config.save_num_checkpoints_to_keep:
+                check_writable(folder)
+            folder.recover()
 
     def _source(self) -> str | None:
         """The checkpoint to resume from, if any: `autoresume` comes before `load_path`."""

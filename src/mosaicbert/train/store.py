@@ -306,7 +306,6 @@ def check_save_folder(folder: SaveFolder, run_id: str | None, overwrite: bool) -
 
     `run_id`: of the run that is being resumed, if any.
     """
-    _check_writable(folder)
     newest = folder.newest()
     if newest is None or overwrite or (run_id and folder.run_of(newest) == run_id):
         return
@@ -317,7 +316,7 @@ def check_save_folder(folder: SaveFolder, run_id: str | None, overwrite: bool) -
     )
 
 
-def _check_writable(folder: SaveFolder) -> None:
+def check_writable(folder: SaveFolder) -> None:
     """Tell of a folder here that cannot be written before hours of training, not after them."""
     if not folder.is_local:
         return
