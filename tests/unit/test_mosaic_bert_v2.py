@@ -29,6 +29,7 @@ SWITCHES = [
     {"value_skips": True},
     {"logit_softcap": 5.0},
     {"attention_window": 1},
+    {"bigram_buckets": 11},
     {
         "pre_norm": True,
         "qk_norm": True,
@@ -37,6 +38,7 @@ SWITCHES = [
         "unet_skips": True,
         "value_skips": True,
         "logit_softcap": 5.0,
+        "bigram_buckets": 11,
     },
 ]
 IDS = torch.tensor([[2, 5, 9, 3, 0, 0], [2, 7, 8, 9, 6, 3]])
@@ -188,3 +190,25 @@ def test_unknown_choices():
     for changes in ({"position_encoding": "rotary"}, {"feed_forward": "relu"}):
         with pytest.raises(ConfigError, match="choose"):
             build(**changes)
+
+
+def test_bigrams_stay_inside_their_sequence():
+    model = build(bigram_buckets=500).bert.embeddings
+    torch.nn.init.normal_(model.bigram_embeddings.weight)
+    ids = torch.tensor([5, 9, 5, 9, 7, 5])
+    together = model.bigram_embeddings.of_neighbours(
+        ids, torch.tensor([0, 2, 2, 6], dtype=torch.int32)
+    )
+    alone = model.bigram_embeddings.of_neighbours(ids[:2], torch.tensor([0, 2], dtype=torch.int32))
+    torch.testing.assert_close(together[:2], alone)
+    assert not torch.equal(together[1], together[3])  # the same token, but here it has a follower
+    assert (build(bigram_buckets=500).bert.embeddings.bigram_embeddings.weight == 0).all()
+
+
+def test_bigrams_spread_over_the_rows():
+    embedding = build(bigram_buckets=1000).bert.embeddings.bigram_embeddings
+    first, second = torch.meshgrid(torch.arange(200), torch.arange(200), indexing="ij")
+    rows = embedding._row(first.flatten(), second.flatten())
+    counts = torch.bincount(rows, minlength=1000).double()
+    assert rows.min() >= 0
+    assert counts.std() / counts.mean() < 0.3  # 0.16 if they were random

@@ -123,6 +123,8 @@ class MosaicBertConfig(_BertShape):
     """Mix the first layer's attention values into each later layer's."""
     logit_softcap: float | None = None
     """Bound the MLM logits smoothly."""
+    bigram_buckets: int = 0
+    """Embed each token's pairs with its two neighbours, hashed into so many rows; 0: do not."""
 
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)
@@ -134,6 +136,8 @@ class MosaicBertConfig(_BertShape):
                 raise ConfigError(f"{key} {getattr(self, key)!r}: choose {' or '.join(choices)}.")
         if self.attention_window is not None and self.attention_window < 0:
             raise ConfigError(f"attention_window: {self.attention_window} must be at least 0.")
+        if self.bigram_buckets < 0:
+            raise ConfigError(f"bigram_buckets: {self.bigram_buckets} must be at least 0.")
         if self.position_encoding == "rope" and self.head_dim % 2:
             raise ConfigError(f"position_encoding 'rope': head size {self.head_dim} is odd.")
         if self.hidden_act != "gelu":

@@ -39,6 +39,26 @@ class OutputLinear(nn.Linear):
     """The last projection of a block, which `zero_init_outputs` starts at zero."""
 
 
+class BigramEmbedding(nn.Embedding):
+    """Rows for hashed pairs of neighbouring tokens, which start at zero.
+
+    Facts about pairs of words need not go through the layers then (Svenstrup et al. 2017, "Hash
+    Embeddings"). What lies outside of a sequence counts as padding.
+    """
+
+    def of_neighbours(self, input_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """`(total_nnz,)` -> `(total_nnz, hidden)`: of the pairs to the left and to the right."""
+        begins = torch.zeros(input_ids.numel() + 1, dtype=torch.bool, device=input_ids.device)
+        begins = begins.index_fill(0, cu_seqlens.long(), True)  # and where the last one ends
+        left = input_ids.roll(1).masked_fill(begins[:-1], 0)
+        right = input_ids.roll(-1).masked_fill(begins[1:], 0)
+        return self(self._row(left, input_ids)) + self(self._row(input_ids, right))
+
+    def _row(self, first: Tensor, second: Tensor) -> Tensor:
+        mixed = (first.long() * 2_654_435_761 + second.long() * 2_246_822_519) % 4_294_967_291
+        return (mixed ^ (mixed >> 15)) % self.num_embeddings
+
+
 class MosaicBertEmbeddings(nn.Module):
     """Token and segment embeddings; positions are ALiBi's business."""
 
@@ -49,12 +69,18 @@ class MosaicBertEmbeddings(nn.Module):
             config.padded_vocab_size, width, padding_idx=config.pad_token_id
         )
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width)
+        if config.bigram_buckets:
+            self.bigram_embeddings = BigramEmbedding(config.bigram_buckets, width)
         self.LayerNorm = LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = config.hidden_dropout_prob
 
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor | None, cu_seqlens: Tensor
+    ) -> Tensor:
         """`(total_nnz,)` -> `(total_nnz, hidden)`."""
         x = self.word_embeddings(input_ids)
+        if hasattr(self, "bigram_embeddings"):
+            x = x + self.bigram_embeddings.of_neighbours(input_ids, cu_seqlens)
         if token_type_ids is None:
             x = x + self.token_type_embeddings.weight[0]
         else:

@@ -26,6 +26,7 @@ from mosaicbert.models import kernels, register
 from mosaicbert.models.attention import sequence_ids
 from mosaicbert.models.configuration import MosaicBertConfig, padded_vocab_size
 from mosaicbert.models.encoder import (
+    BigramEmbedding,
     MosaicBertEmbeddings,
     MosaicBertEncoder,
     MosaicBertPooler,
@@ -103,6 +104,8 @@ class MosaicBertPreTrainedModel(CheckedModel, PreTrainedModel):  # type: ignore[
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, OutputLinear) and self.config.zero_init_outputs:
+            init.zeros_(module.weight)
+        if isinstance(module, BigramEmbedding):
             init.zeros_(module.weight)
         if isinstance(module, MosaicBertSelfAttention) and hasattr(module, "value_mix"):
             init.constant_(module.value_mix, 0.5)
@@ -205,7 +208,7 @@ class MosaicBertModel(MosaicBertPreTrainedModel):
         """
         if input_ids.device.type == "cpu":  # elsewhere this would wait for the device
             check_ids(input_ids, self.config.vocab_size)
-        x = self.embeddings(input_ids, token_type_ids)
+        x = self.embeddings(input_ids, token_type_ids, cu_seqlens)
         plan = self.encoder.plan(x, cu_seqlens, max_seqlen)
         rows = None if positions is None else wanted_rows(positions, x.shape[0])
         return self.encoder(x, plan, hidden_states, rows)

@@ -46,8 +46,9 @@ class PaddedModel(nn.Module):
         bert = self.model.base_model
         config = bert.config
         batch, seq = input_ids.shape
-        x = bert.embeddings(input_ids.flatten(), token_type_ids.flatten())
-        cu_seqlens = torch.arange(batch + 1, device=x.device) * seq
+        cu_seqlens = torch.arange(batch + 1, device=input_ids.device) * seq
+        seen = input_ids * (attention_mask != 0)  # padding is what a bigram ends at
+        x = bert.embeddings(seen.flatten(), token_type_ids.flatten(), cu_seqlens)
         slopes = alibi_slopes(config.num_attention_heads, x.device)
         rotary = None
         if config.position_encoding == "rope":
