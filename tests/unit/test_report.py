@@ -242,6 +242,14 @@ def test_the_command_writes_page_and_pictures(tmp_path, capsys):
     assert "(1 PNG)" in capsys.readouterr().out
 
 
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    folders = [write_run(tmp_path / name, name="same") for name in ("one", "two")]
+    runs = [read_run(str(folder)) for folder in [*folders, write_run(tmp_path / "x", name="other")]]
+    page = build_page(runs)
+    assert page.count("same (one)</th>") == page.count("same (two)</th>") >= 1
+    assert "other</th>" in page
+
+
 def test_what_is_no_run_folder_is_told(tmp_path):
     with pytest.raises(DataError, match="neither metrics"):
         read_run(str(tmp_path))

@@ -8,7 +8,7 @@ import yaml
 
 from mosaicbert.report import facts
 from mosaicbert.report.charts import Chart, charts_of
-from mosaicbert.report.runs import Run
+from mosaicbert.report.runs import Run, labels_of
 from mosaicbert.report.svg import NUM_COLORS, draw
 
 COLORS = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#64748b")
@@ -132,8 +132,9 @@ def _rows_table(
     """A row for each name; `columns`: the numbers of the runs whose cells these are."""
     head = ""
     if len(runs) > 1:
+        names = labels_of(runs)
         cells = "".join(
-            f'<th><i class="c{i % NUM_COLORS}"></i>{escape(runs[i].name)}</th>'
+            f'<th><i class="c{i % NUM_COLORS}"></i>{escape(names[i])}</th>'
             for i in (range(len(runs)) if columns is None else columns)
         )
         head = f"<thead><tr><td></td>{cells}</tr></thead>"

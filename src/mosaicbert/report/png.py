@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mosaicbert.report.charts import Chart
 from mosaicbert.report.page import COLORS
-from mosaicbert.report.runs import Run
+from mosaicbert.report.runs import Run, labels_of
 
 
 def write_pngs(charts: Sequence[Chart], runs: Sequence[Run], folder: Path) -> list[Path]:
@@ -27,7 +27,7 @@ def _draw(chart: Chart, runs: Sequence[Run], path: Path) -> None:
     axes = figure.subplots()
     for place, line in enumerate(chart.lines):
         color = COLORS[line.run % len(COLORS)]
-        label = plain(runs[line.run].name) + (": validation" if line.marks else "")
+        label = plain(labels_of(runs)[line.run]) + (": validation" if line.marks else "")
         x, y = [x for x, _ in line.points], [y for _, y in line.points]
         if chart.categories:
             width = 0.8 / len(chart.lines)

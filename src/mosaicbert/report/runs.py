@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,15 @@ def read_run(folder: str) -> Run:
         environment=redact(_mapping(folder, "environment.json", texts)),
         glue=_mapping(folder, "glue.json", texts) or None,
     )
+
+
+def labels_of(runs: Sequence[Run]) -> list[str]:
+    """The runs' names, with their folder's own name where several are called alike."""
+    names = [run.name for run in runs]
+    return [
+        f"{run.name} ({run.folder.rsplit('/', 1)[-1]})" if names.count(run.name) > 1 else run.name
+        for run in runs
+    ]
 
 
 def runs_inside(folder: str) -> str:
