@@ -1,4 +1,4 @@
-"""The commands of the quick start and of the command-line page, as they stand there."""
+"""The commands of the documentation's pages, as they stand there."""
 
 import json
 import os
@@ -19,12 +19,8 @@ from mosaicbert.models.build import build_model
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["max_duration=2ba", "eval_subset_num_batches=1"]
-RUN = {
-    "quickstart.md": ("doctor", "convert", "pretrain", "watch"),
-    "data.md": ("convert --dataset ./my-text", "inspect", "tokenizer"),
-    "commands.md": ("plan", "bench", "config", "completion"),
-}
-"""Commands of each page that run here, by how they begin."""
+RUN = {"quickstart.md": ("doctor", "convert", "pretrain", "watch")}
+"""Commands of a page, by how they begin, that run as a user runs them."""
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +42,14 @@ def lines_of(page, beginnings):
 
 
 HERE = {
+    "data.md": ("convert --dataset ./my-text", "inspect", "tokenizer"),
+    "commands.md": ("plan", "bench", "config", "completion"),
     "pretraining.md": ("plan yamls/main/mosaic-bert-base", "report"),
     "clusters.md": ("launch",),
     "export.md": ("export ckpt ./my-bert --run", "predict ckpt"),
     "from-the-original.md": ("inspect", "export"),
 }
-"""Commands of further pages that run in this process, on small things of the names they use."""
+"""Commands that run in this process, on small things of the names they use: that is faster."""
 
 
 @pytest.fixture(scope="module")
