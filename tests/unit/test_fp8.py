@@ -136,6 +136,7 @@ def test_evaluation_is_not_in_fp8(interpreted):
     [
         ({"qk_norm": True, "unet_skips": True}, "qk_norm, unet_skips"),
         ({"feed_forward": "relu2"}, "feed_forward: relu2"),
+        ({"attention_backend": "sdpa"}, "attention backend sdpa"),
         ({"position_encoding": "rope"}, "position_encoding: rope"),
         ({"hidden_size": 72, "num_attention_heads": 1}, "multiples of 16"),
         ({"num_attention_heads": 1, "attention_probs_dropout_prob": 0.1}, "attention dropout"),

@@ -231,6 +231,8 @@ def use_fp8(model: nn.Module, device: torch.device) -> None:
         asked = [name for name in _NOT_IN_FP8 if getattr(config, name)]
         asked += ["feed_forward: relu2"] if config.feed_forward != "geglu" else []
         asked += ["position_encoding: rope"] if config.position_encoding == "rope" else []
+        backend = os.environ.get("MOSAICBERT_ATTENTION") or config.attention_backend
+        asked += [f"attention backend {backend}"] if backend not in (None, "triton") else []
         why = f"it does not go with {', '.join(asked)}" if asked else None
     if why is not None:
         raise ConfigError(f"precision: fp8 cannot be used here: {why}. Use amp_bf16.")

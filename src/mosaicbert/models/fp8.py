@@ -3,9 +3,9 @@
 Forward products and gradients of inputs take 8-bit operands and add up in float32; the gradients of
 weights stay in bf16, as do the residual stream, the last layer's masked rows and the head.
 Activations and gradients get their 8-bit copies from the kernels that make them
-(`kernels/eight.py` has formats and scales), so that no pass over memory casts anything; each
-function here is a product with the kernel behind it, because that kernel's backward pass writes the
-gradient that the product takes. Weights are scaled by their largest element.
+(`kernels/eight.py` has formats and scales), so that hardly a pass over memory is for casting alone;
+each function here is a product with the kernel behind it, because that kernel's backward pass
+writes the gradient that the product takes. Weights are scaled by their largest element.
 """
 
 from typing import Any, NamedTuple
