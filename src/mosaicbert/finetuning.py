@@ -202,7 +202,8 @@ def finetune(
         model.class_weights = _weights(train)
 
     packed = is_packed(model)
-    config.cuda_graphs = run.wants_graphs(config, ranks, packed)
+    graphs = run.wants_graphs(config, ranks, packed)
+    config = config.model_copy(update={"cuda_graphs": graphs})
     loader = partial(_loader, config, ranks, tokenizer, packed)
     result = run.train(
         model,
