@@ -34,6 +34,10 @@ GRAPH_MULTIPLE = 16
 """Padded batches that run as CUDA graphs are so many tokens long, or a multiple of it."""
 AUTO_MICROBATCH_TOKENS = {"cuda": 65_536, "cpu": 8_192}
 """Where `device_train_microbatch_size: auto` starts; the trainer halves it when memory runs out."""
+AUTO_MEMORY_BYTES = 78e9
+"""Of the GPU for which that is: smaller ones start at a half, a quarter and so on, larger ones at
+twice as much. More than 65,536 tokens gains a few per cent (docs/log.md)."""
+LEAST_AUTO_TOKENS = 2_048
 
 
 def start(config: TrainerConfig) -> Ranks:
@@ -85,12 +89,22 @@ def wants_graphs(config: TrainerConfig, ranks: Ranks, packed: bool) -> bool:
     return able and (wants_compile(config, ranks) or not packed)
 
 
+def auto_tokens(gpu_memory_bytes: float | None) -> int:
+    """Tokens of the first microbatch of `auto` on a GPU of that memory; None: on a CPU."""
+    if gpu_memory_bytes is None:
+        return AUTO_MICROBATCH_TOKENS["cpu"]
+    scale = 2.0 ** math.floor(math.log2(gpu_memory_bytes / AUTO_MEMORY_BYTES))
+    return max(LEAST_AUTO_TOKENS, int(AUTO_MICROBATCH_TOKENS["cuda"] * scale))
+
+
 def microbatch_samples(config: TrainerConfig, ranks: Ranks, max_seq_len: int) -> int:
     """Samples of full length that one device takes at a time."""
     share = config.global_train_batch_size // ranks.world_size
     if config.device_train_microbatch_size == "auto":
-        fits = AUTO_MICROBATCH_TOKENS[ranks.device.type] // max_seq_len
-        return max(1, min(share, fits))
+        memory = None
+        if ranks.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(ranks.device).total_memory
+        return max(1, min(share, auto_tokens(memory) // max_seq_len))
     return min(share, config.device_train_microbatch_size)
 
 

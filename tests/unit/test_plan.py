@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mosaicbert import run
 from mosaicbert.cli import main
 from mosaicbert.config import ClassifyConfig, PretrainConfig, check, load_config
 from mosaicbert.data.examples import sample_examples
@@ -210,3 +211,12 @@ def test_a_probe_takes_a_few_microbatches_and_writes_nowhere_else():
     assert (warm.save_folder, warm.loggers) == (None, None)
     samples = 2 * warm.device_eval_batch_size
     assert found.eval_tokens_per_second == pytest.approx(samples * 100 / 10)  # 20 - 8 - 2 s
+
+
+@pytest.mark.parametrize(
+    ("memory", "tokens"),
+    [(None, 8_192), (85e9, 65_536), (80e9, 65_536), (40e9, 32_768), (25e9, 16_384), (192e9, 131_072),
+     (1e9, 2_048)],
+)  # fmt: skip
+def test_auto_starts_by_the_memory_of_the_gpu(memory, tokens):
+    assert run.auto_tokens(memory) == tokens

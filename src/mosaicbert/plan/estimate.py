@@ -117,7 +117,8 @@ def _memory(job: TrainingJob, machine: Machine, found: dict[str, Any]) -> None:
     share = max(config.global_train_batch_size // machine.count, 1)
     fits = math.floor((usable - fixed.total) / a_sample)
     asked = config.device_train_microbatch_size
-    cap = max(run.AUTO_MICROBATCH_TOKENS["cuda" if machine.gpu else "cpu"] // job.max_seq_len, 1)
+    tokens = run.auto_tokens(machine.memory_bytes if machine.gpu else None)
+    cap = max(tokens // job.max_seq_len, 1)
     chosen = min(share, cap if asked == "auto" else asked)
     if asked == "auto":
         chosen = max(1, min(chosen, fits))
