@@ -34,10 +34,10 @@ GRAPH_MULTIPLE = 16
 """Padded batches that run as CUDA graphs are so many tokens long, or a multiple of it."""
 AUTO_MICROBATCH_TOKENS = {"cuda": 65_536, "cpu": 8_192}
 """Where `device_train_microbatch_size: auto` starts; the trainer halves it when memory runs out."""
-AUTO_MEMORY_BYTES = 78e9
-"""Of the GPU for which that is: smaller ones start at a half, a quarter and so on, larger ones at
-twice as much. More than 65,536 tokens gains a few per cent (docs/log.md)."""
-LEAST_AUTO_TOKENS = 2_048
+AUTO_MEMORY_BYTES = 45e9
+"""Of the smallest GPU for which that is, with CUDA graphs at base size; those with less begin at a
+half, a quarter and so on, those with twice as much at twice as many tokens."""
+LEAST_AUTO_TOKENS, MOST_AUTO_TOKENS = 2_048, 131_072
 
 
 def start(config: TrainerConfig) -> Ranks:
@@ -94,7 +94,8 @@ def auto_tokens(gpu_memory_bytes: float | None) -> int:
     if gpu_memory_bytes is None:
         return AUTO_MICROBATCH_TOKENS["cpu"]
     scale = 2.0 ** math.floor(math.log2(gpu_memory_bytes / AUTO_MEMORY_BYTES))
-    return max(LEAST_AUTO_TOKENS, int(AUTO_MICROBATCH_TOKENS["cuda"] * scale))
+    tokens = int(AUTO_MICROBATCH_TOKENS["cuda"] * scale)
+    return min(max(tokens, LEAST_AUTO_TOKENS), MOST_AUTO_TOKENS)
 
 
 def microbatch_samples(config: TrainerConfig, ranks: Ranks, max_seq_len: int) -> int:
