@@ -158,6 +158,32 @@ def test_another_optimizer_is_refused(tmp_path):
         trainer.fit()
 
 
+@pytest.mark.parametrize("key", ["run_id", "optimizer", "scaler", "config"])
+@pytest.mark.parametrize("value", [None, 7])
+def test_a_state_without_what_a_run_asks_for_is_damaged(tmp_path, key, value):
+    first, _ = make_trainer(save_folder=str(tmp_path), max_duration="2ba")
+    first.fit()
+    path = tmp_path / "ep0-ba2/state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {key: value}))
+    with pytest.raises(CheckpointError, match=f"damaged .*has no {key}"):
+        make_trainer(load_path=str(tmp_path / "ep0-ba2"))[0].fit()
+    path.write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="damaged"):
+        make_trainer(load_path=str(tmp_path / "ep0-ba2"))[0].fit()
+
+
+@pytest.mark.parametrize("gone", ["exp_avg", "exp_avg_sq", "step"])
+def test_moments_in_part_are_damaged(tmp_path, gone):
+    first, _ = make_trainer(save_folder=str(tmp_path), max_duration="2ba")
+    first.fit()
+    path = tmp_path / "ep0-ba2/optimizer.safetensors"
+    kept = {name: t for name, t in load_file(path).items() if not name.endswith(f"/{gone}")}
+    save_file(kept, path)
+    with pytest.raises(CheckpointError, match="damaged"):
+        make_trainer(load_path=str(tmp_path / "ep0-ba2"))[0].fit()
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_damaged_file_is_an_error(tmp_path, name):
     make_trainer(save_folder=str(tmp_path))[0].fit()

@@ -90,3 +90,9 @@ def test_hf_bert_takes_embeddings_in_place_of_ids():
     model = build("hf_bert")
     embeddings = model.get_input_embeddings()(IDS)
     torch.testing.assert_close(model(inputs_embeds=embeddings).logits, model(IDS).logits)
+
+
+def test_sizes_beyond_all_models_are_told_at_once():
+    for name in ("num_hidden_layers", "vocab_size"):
+        with pytest.raises(ConfigError, match=f"{name}: 9+ is more than any model has"):
+            MosaicBertConfig(**{name: 999_999_999_999})

@@ -44,6 +44,10 @@ class _BertShape(PretrainedConfig):  # type: ignore[misc]
         check_shape(self)
 
 
+MOST_LAYERS, MOST = 10_000, 1 << 26
+"""Sizes beyond these are damage: building such a model would never end."""
+
+
 def check_shape(config: PretrainedConfig) -> None:
     """Raise ConfigError for sizes that cannot be."""
     for name in (
@@ -57,6 +61,9 @@ def check_shape(config: PretrainedConfig) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}: {value!r} must be a whole number of at least 1.")
+        most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+        if value > most:
+            raise ConfigError(f"{name}: {value} is more than any model has (at most {most}).")
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
         value = getattr(config, name)
         if value is not None and not 0 <= value <= 1:

@@ -249,7 +249,11 @@ def _from_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 def _unpickle(path: Path) -> Any:
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty.")
-    if not zipfile.is_zipfile(path):
+    try:
+        is_zip = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:  # it looks like one, but of several disks
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not is_zip:
         return _restricted_load(path, mmap=False)  # torch's format before 1.6, or no pickle at all
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))

@@ -130,6 +130,10 @@ def load_model(model: nn.Module, weights: dict[str, Tensor], where: str) -> None
             own[name].copy_(tensor)
 
 
+MOMENTS = ({"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"})
+"""What the optimizers keep of a parameter: Adam's kind, Muon."""
+
+
 def load_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor], where: str
 ) -> None:
@@ -151,11 +155,11 @@ def load_optimizer(
             f"{_listed('Missing', sorted(missing))}{_listed('Unknown', sorted(unknown))} "
             "Set load_weights_only: true to start with a fresh optimizer."
         )
-    damaged = [name for name, v in found.items() if "exp_avg" in v and "step" not in v]
-    damaged += [
+    damaged = [
         n
         for n, v in found.items()
-        if any(t.dim() and t.shape != params[n].shape for t in v.values())
+        if v.keys() not in MOMENTS
+        or any(t.dim() and t.shape != params[n].shape for t in v.values())
     ]
     if damaged:
         raise CheckpointError(f"{where} is damaged.{_listed('Optimizer state of', damaged)}")
@@ -201,6 +205,13 @@ def sync_to_disk(paths: Iterable[Path]) -> None:
             os.close(handle)
 
 
+STATE_KINDS = {"run_id": str, "optimizer": str, "scaler": dict, "config": dict}
+"""What a resumed run asks of the state."""
+DAMAGE = (
+    OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+)  # fmt: skip
+
+
 def read_folder(folder: Path) -> Checkpoint:
     """Read a checkpoint.
 
@@ -214,6 +225,9 @@ def read_folder(folder: Path) -> Checkpoint:
                 f"{folder / STATE_FILE} is of format {state.get('format')}, this version reads "
                 f"format {FORMAT}."
             )
+        for key, kind in STATE_KINDS.items():
+            if not isinstance(state.get(key), kind):
+                raise ValueError(f"{STATE_FILE} has no {key}")
         Progress(**state["progress"])
         model = load_file(folder / MODEL_FILE)
         optimizer = load_file(folder / OPTIMIZER_FILE)
@@ -222,7 +236,7 @@ def read_folder(folder: Path) -> Checkpoint:
             f"{folder} is no checkpoint of a run: {Path(str(error.filename or '?')).name} is "
             "missing. To start from other weights, set model.pretrained_checkpoint."
         ) from None
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise CheckpointError(
             f"{folder} is damaged ({error}). Load an older checkpoint of the run."
         ) from error
