@@ -411,3 +411,9 @@ def test_a_misspelt_key_beside_the_weights_is_named(tmp_path, caplog):
     (tmp_path / "config.json").write_text(json.dumps(config))
     load(tmp_path)
     assert "'pre_nrm' is no key of MosaicBertConfig. Did you mean \"pre_norm\"?" in caplog.text
+
+
+def test_a_weight_without_a_name_is_no_state_dict(tmp_path):
+    torch.save({None: torch.ones(2), "x": torch.ones(2)}, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match="holds no state dict"):
+        load(tmp_path / "odd.pt", "mlm")

@@ -239,7 +239,8 @@ def _from_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         for key in ("state_dict", "model"):
             if isinstance(content.get(key), Mapping):
                 weights = content[key]
-    if not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+    whole = all(isinstance(n, str) and isinstance(t, Tensor) for n, t in weights.items())
+    if not weights or not whole:
         raise CheckpointError(
             f"{path} holds no state dict: its keys are {', '.join(map(str, list(content)[:8]))}."
         )
