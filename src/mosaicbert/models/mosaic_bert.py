@@ -25,9 +25,8 @@ from mosaicbert.errors import ConfigError
 from mosaicbert.models import kernels, register
 from mosaicbert.models.attention import sequence_ids
 from mosaicbert.models.configuration import MosaicBertConfig, padded_vocab_size
+from mosaicbert.models.embeddings import BigramEmbedding, MosaicBertEmbeddings
 from mosaicbert.models.encoder import (
-    BigramEmbedding,
-    MosaicBertEmbeddings,
     MosaicBertEncoder,
     MosaicBertPooler,
     MosaicBertSelfAttention,
