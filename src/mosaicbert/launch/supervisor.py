@@ -22,6 +22,8 @@ from typing import IO
 from mosaicbert.errors import TrainingError
 from mosaicbert.launch.nodes import NodeWatch
 
+DRAIN_SECONDS = 0.5
+"""How long to read on what a process that has ended left in its pipe."""
 POLL_SECONDS = 0.02
 STDERR_DELAY_SECONDS = 0.3
 GATHER_SECONDS = (0.5, 5.0)
@@ -69,6 +71,10 @@ class Child:
                 kept += len(chunk)
                 while kept > KEPT_BYTES and len(self.chunks) > 1:
                     kept -= len(self.chunks.popleft()[1])
+
+    def take_in_the_rest(self) -> None:
+        """Of a process that has ended; what it started may hold the pipe open, so not for long."""
+        self._thread.join(DRAIN_SECONDS)
 
     def poll(self) -> int | None:
         """The exit code, as a shell counts it, once the process has ended."""
@@ -181,6 +187,8 @@ class Supervisor:
             if elapsed > GATHER_SECONDS[0 if known else 1] or len(failed) == len(self.children):
                 break
             time.sleep(POLL_SECONDS)
+        for child in failed:
+            child.take_in_the_rest()
         first = min(failed, key=Child.failed_at)
         if first.poll() == 2 and self.children[0].poll() == 2:
             return self.children[0]  # the user's mistake, the same for all
