@@ -3,6 +3,7 @@
 import gc
 import logging
 import math
+import random
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 
 from mosaicbert.batch import Loader
 from mosaicbert.config import ModelConfig, TrainerConfig
@@ -53,8 +55,15 @@ def start(config: TrainerConfig) -> Ranks:
             f"global_train_batch_size: {config.global_train_batch_size} is not divisible by the "
             f"{ranks.world_size} ranks of this run. Choose a multiple of {ranks.world_size}."
         )
-    set_seed(config.seed)
+    _seed(config.seed)
     return ranks
+
+
+def _seed(seed: int) -> None:
+    """Seed every global generator; transformers' function takes seconds to import."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
 
 
 def set_log_level(level: str | None) -> None:

@@ -1,6 +1,7 @@
 """A model from the `model` section of a YAML; and its compilation."""
 
 import difflib
+import hashlib
 import logging
 import os
 from collections.abc import Callable
@@ -254,6 +255,9 @@ def compile_model(model: nn.Module) -> None:
     more seconds than they save. HF BERT: the whole forward pass, for batches of few shapes.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _GRAPH_LIMIT)
+    # As symbols, like sizes, floats (a norm's eps) have each graph traced twice: they never change.
+    torch._dynamo.config.specialize_float = True
+    _cache_whole_graphs()
     trained: Any = model
     if not isinstance(model, MosaicBertPreTrainedModel):
         trained._compiled_call_impl = _compiled(model._call_impl, model, dynamic=False)
@@ -268,6 +272,25 @@ def compile_model(model: nn.Module) -> None:
     if isinstance(model, MosaicBertForMaskedLM):
         head: Any = model.cls.predictions
         head.loss = _compiled(head.loss, model, dynamic=True, fullgraph=True)
+
+
+def _cache_whole_graphs() -> None:
+    """Let torch keep what it makes of our graphs between processes, not its last step alone.
+
+    It leaves out graphs with autocast or an autograd.Function in them, though both are whole in what
+    it hashes: autocast with its arguments, a Function as two graphs. What a cached graph cannot
+    tell is our own code beside it, so that is hashed here.
+    """
+    from torch._functorch import config
+    from torch._functorch.autograd_function import autograd_function_apply
+
+    config.autograd_cache_allow_custom_autograd_functions = True
+    autograd_function_apply._cacheable = True
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    safe = [f"torch.amp.autocast_mode.{name}" for name in ("_enter_autocast", "_exit_autocast")]
+    known = torch._inductor.config.unsafe_marked_cacheable_functions
+    torch._inductor.config.unsafe_marked_cacheable_functions = known | dict.fromkeys(safe, code)
 
 
 def _asks_for_sdpa(config: Any) -> bool:
