@@ -13,9 +13,9 @@ times the samples a second of the run before of that model, so its seconds are a
 The validation set is FOLDER/val (15 % masked, the same masks each time), all of it at every point
 of the curve. `--seeds` are those of weights, dropout, order and masks of the training data.
 The record is written after each run, and of one that SIGTERM stops it holds what there is (`cut`);
-`--add` takes runs of earlier records into the tables and the
-picture, and with `--glue` fine-tunes those whose checkpoints `--keep` still holds (without `--data`
-nothing is trained). `--compare A B`: when A's curve reaches the mean of B's last losses.
+`--add` takes runs of earlier records, of the chosen recipes, into the tables and the picture, and
+with `--glue` fine-tunes those whose checkpoints `--keep` still holds (without `--data` nothing is
+trained). `--compare A B`: when A's curve reaches the mean of B's last losses.
 """
 
 import argparse
@@ -366,7 +366,8 @@ def main() -> int:
     """Run, print, write."""
     began = time.monotonic()
     args = parse()
-    runs = [run for path in args.add for run in json.loads(path.read_text())["runs"]]
+    added = [run for path in args.add for run in json.loads(path.read_text())["runs"]]
+    runs = [run for run in added if re.search(args.recipes, run["name"])]
     environment = describe_environment()
     harness = Harness(args)
     todo = [(n, r, int(s)) for s in args.seeds.split(",") for n, r in chosen(args).items()]

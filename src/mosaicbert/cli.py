@@ -55,9 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0 if words else 2
     if words[0] in ("-V", "--version"):
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(f"mosaicbert {version('mosaicbert')}")
+        try:
+            print(f"mosaicbert {version('mosaicbert')}")
+        except PackageNotFoundError:
+            print("mosaicbert, of unknown version: it is not installed but runs from its sources")
         return 0
     name = words[0]
     if name not in COMMANDS:

@@ -62,7 +62,7 @@ def start(config: TrainerConfig) -> Ranks:
 def _seed(seed: int) -> None:
     """Seed every global generator; transformers' function takes seconds to import."""
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 from transformers import BertConfig
 
 from mosaicbert.batch import Batch
 from mosaicbert.config.sections import AlgorithmsConfig, ModelConfig
 from mosaicbert.errors import CheckpointError, ConfigError
+from mosaicbert.models import build as build_module
 from mosaicbert.models.build import SHAPES, build_model, compile_model, is_packed
 
 TINY = "prajjwal1/bert-tiny"
@@ -100,7 +102,7 @@ def test_the_shape_of_a_folder(tmp_path):
 
 def test_a_name_nobody_knows(monkeypatch):
     monkeypatch.setattr(
-        "mosaicbert.models.build.AutoConfig.from_pretrained",
+        "transformers.AutoConfig.from_pretrained",
         lambda *a, **k: (_ for _ in ()).throw(OSError("no network")),
     )
     with pytest.raises(ConfigError, match="Names that need no hub: bert-base"):
@@ -109,7 +111,7 @@ def test_a_name_nobody_knows(monkeypatch):
 
 @pytest.mark.parametrize("name", ["bert-base-uncasd", "bert-base-uncaesd", "prajjwal1/bert-tyny"])
 def test_a_slip_in_a_known_name_asks_no_hub(name, monkeypatch):
-    monkeypatch.setattr("mosaicbert.models.build.AutoConfig.from_pretrained", None)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)
     with pytest.raises(
         ConfigError, match=r'Did you mean "(bert-base-uncased|prajjwal1/bert-tiny)"'
     ):
@@ -119,7 +121,7 @@ def test_a_slip_in_a_known_name_asks_no_hub(name, monkeypatch):
 @pytest.mark.parametrize("name", ["bert-base-multilingual-cased", "mosaicml/mosaic-bert-base-1k"])
 def test_a_name_of_the_hub_is_no_slip(name, monkeypatch):
     monkeypatch.setattr(
-        "mosaicbert.models.build.AutoConfig.from_pretrained",
+        "transformers.AutoConfig.from_pretrained",
         lambda *a, **k: BertConfig(num_hidden_layers=3, hidden_size=24, num_attention_heads=2),
     )
     assert build(pretrained_model_name=name).config.num_hidden_layers == 3
@@ -243,6 +245,19 @@ def test_compiled_models_give_the_same_loss(name, task, num_graphs, monkeypatch)
     assert len(graphs) == num_graphs
     model.eval().loss(batch)
     assert len(graphs) == num_graphs  # evaluation is not compiled
+    for graph in graphs:
+        check_cacheable(graph)  # raises for what torch would compile anew in each process
+
+
+def test_graphs_that_torch_keeps_are_not_used_by_other_code(tmp_path, monkeypatch):
+    """They are looked up by torch's settings too, so our sources must be in there."""
+    keys = []
+    for text in ("a", "b", "a"):
+        (tmp_path / "kernel.py").write_text(text)
+        monkeypatch.setattr(build_module, "__file__", str(tmp_path / "build.py"))
+        compile_model(build(name="mosaic_bert"))
+        keys.append(str(torch._inductor.config.unsafe_marked_cacheable_functions))
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_layers_whose_attention_loops_over_groups_are_not_compiled(monkeypatch, caplog):

@@ -52,6 +52,16 @@ def test_this_very_environment_has_what_is_needed():
     assert {check.state for check in found} == {"ok"}
 
 
+def test_a_package_that_runs_from_its_sources_is_a_warning(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", missing)
+    found = {check.name: check for check in machine.check_packages()}
+    assert found["mosaicbert"].state == "warning"
+    assert "pip install" in found["mosaicbert"].remedy
+
+
 def test_a_package_that_is_too_old_or_missing_is_a_problem(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: ["torch>=99", "no-such-thing>=2"])
     old, missing = [c for c in machine.check_packages() if c.state == "problem"]

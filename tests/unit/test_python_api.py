@@ -28,3 +28,21 @@ def test_importing_the_package_imports_no_torch():
         "import mosaicbert, sys; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_training_mosaic_bert_imports_no_class_of_other_models():
+    """The Auto classes bring in the code of generation and more: seconds of each start."""
+    code = (
+        "import sys, mosaicbert.pretraining\n"
+        "from mosaicbert.config import ModelConfig\n"
+        "from mosaicbert.data.tokenizers import load_tokenizer\n"
+        "from mosaicbert.models.build import build_model\n"
+        "size = len(load_tokenizer('bert-base-uncased'))\n"
+        "tiny = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)\n"
+        "model = ModelConfig(name='mosaic_bert', model_config=tiny)\n"
+        "build_model(model, 'mlm', max_seq_len=8, vocab_size=size)\n"
+        "names = 'modeling_auto', 'tokenization_auto', 'trainer_utils', 'generation.utils'\n"
+        "sys.exit(', '.join(m for m in sys.modules if m.endswith(names)) or 0)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True)
+    assert found.returncode == 0, found.stderr.decode()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from huggingface_hub import HfApi
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import BertTokenizerFast, PreTrainedTokenizerFast
 
 from mosaicbert.data.sample import bundled_tokenizer_dir
 from mosaicbert.errors import DataError
@@ -36,18 +36,15 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     Raises:
         DataError: there is none of that name, the hub cannot be reached, or it has no fast form.
     """
-    folder = bundled_tokenizer_dir(name) or Path(name)
+    bundled = bundled_tokenizer_dir(name)
     try:
-        tokenizer = (
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            if folder.is_dir()
-            else _from_hub(name)
-        )
+        # AutoTokenizer would give the same, and take seconds to import.
+        tokenizer = BertTokenizerFast.from_pretrained(bundled) if bundled else _with_auto(name)
     except Exception as error:  # transformers and the hub's client raise every kind
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = (
             "The folder must hold a tokenizer as save_pretrained writes it."
-            if folder.is_dir()
+            if Path(name).is_dir()
             else "It is no folder here and not in the local hub cache. Without network, give a "
             "folder or a bundled name such as bert-base-uncased."
         )
@@ -60,7 +57,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _from_hub(name: str) -> PreTrainedTokenizerFast:
+def _with_auto(name: str) -> PreTrainedTokenizerFast:
+    """From a folder, or from the hub or its cache."""
+    from transformers import AutoTokenizer
+
+    if Path(name).is_dir():
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     try:
         return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError):

@@ -29,7 +29,15 @@ def check_packages() -> Iterator[Check]:
     """Python and every package that this one needs, in the versions it needs."""
     yield Check("python", "ok", f"{platform.python_version()} ({sys.executable})")
     wrong = []
-    for text in importlib.metadata.requires("mosaicbert") or ():
+    try:
+        needs = importlib.metadata.requires("mosaicbert") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Check(
+            "mosaicbert", "warning", "runs from its sources: the packages it needs are not checked",
+            "pip install -e . where the sources lie",
+        )  # fmt: skip
+        return
+    for text in needs:
         need = Requirement(text)
         if need.marker is not None and not need.marker.evaluate({"extra": ""}):
             continue

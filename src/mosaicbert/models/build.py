@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, BertConfig
 
 from mosaicbert.config.sections import AlgorithmsConfig, ModelConfig
 from mosaicbert.errors import ConfigError
@@ -19,14 +18,13 @@ from mosaicbert.models.attention import KERNEL_HEAD_DIMS
 from mosaicbert.models.checkpoints import load, load_weights
 from mosaicbert.models.configuration import (
     MODERN,
-    HfBertConfig,
     MosaicBertConfig,
     checked_keys,
     make_config,
     padded_vocab_size,
 )
 from mosaicbert.models.mosaic_bert import MosaicBertForMaskedLM, MosaicBertPreTrainedModel
-from mosaicbert.models.register import Task, install, model_class
+from mosaicbert.models.register import Task, configuration_class, install, model_class
 
 logger = logging.getLogger(__name__)
 
@@ -137,9 +135,8 @@ def _class_and_changes(
         for name in ("gated_linear_units", "alibi")
         if algorithms is not None and getattr(algorithms, name) is not None
     }
-    config_class = HfBertConfig if used else BertConfig
-    changes = checked_keys(config_class, settings.overrides, "model.model_config")
-    return config_class, changes | used
+    found = configuration_class("hf_bert" if used else "bert")
+    return found, checked_keys(found, settings.overrides, "model.model_config") | used
 
 
 def _say_built_in(settings: ModelConfig, algorithms: AlgorithmsConfig | None) -> None:
@@ -162,6 +159,8 @@ def _known_shape(settings: ModelConfig) -> dict[str, Any]:
         raise ConfigError(  # a slip; the hub would be asked for half a minute
             f'model.pretrained_model_name: {name!r} is not known. Did you mean "{near[0]}"?'
         )
+    from transformers import AutoConfig
+
     try:
         found = AutoConfig.from_pretrained(
             name, local_files_only=Path(name).exists(), trust_remote_code=False
@@ -277,9 +276,9 @@ def compile_model(model: nn.Module) -> None:
 def _cache_whole_graphs() -> None:
     """Let torch keep what it makes of our graphs between processes, not its last step alone.
 
-    It leaves out graphs with autocast or an autograd.Function in them, though both are whole in what
-    it hashes: autocast with its arguments, a Function as two graphs. What a cached graph cannot
-    tell is our own code beside it, so that is hashed here.
+    It leaves out graphs with autocast or an autograd.Function in them, though both are whole in
+    what it hashes: autocast with its arguments, a Function as two graphs. What a cached graph
+    cannot tell is our own code beside it, so that is hashed here.
     """
     from torch._functorch import config
     from torch._functorch.autograd_function import autograd_function_apply

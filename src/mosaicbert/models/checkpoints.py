@@ -20,17 +20,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from mosaicbert.errors import CheckpointError, ConfigError, did_you_mean
 from mosaicbert.models.configuration import (
-    HfBertConfig,
     MosaicBertConfig,
     checked_keys,
     make_config,
     padded_vocab_size,
 )
-from mosaicbert.models.register import TASKS, Task, model_class
+from mosaicbert.models.register import TASKS, Task, configuration_class, model_class
 from mosaicbert.models.weights import local_copy, read_folder_or_file
 
 logger = logging.getLogger(__name__)
@@ -49,8 +48,6 @@ MEANING = (
     "logit_softcap",
 )
 """Keys that change a model but not the names and shapes of its weights, or not all of them."""
-
-_CONFIGS = {"mosaic_bert": MosaicBertConfig, "hf_bert": HfBertConfig, "bert": BertConfig}
 
 
 def read_state_dict(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -84,7 +81,7 @@ def load(path: str | Path, task: Task = "mlm", **config: Any) -> nn.Module:
         raise ConfigError(f"task {task!r}: choose one of {', '.join(TASKS)}.")
     weights, found = read_state_dict(path)
     model_type = _model_type(weights, found, path)
-    config_class = _CONFIGS[model_type]
+    config_class = configuration_class(model_type)
     values = _shape_of(weights) | _known_values(config_class, found or {})
     if "num_labels" in config:
         values.pop("id2label", None)

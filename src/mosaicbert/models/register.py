@@ -54,6 +54,15 @@ def model_class(model_type: str, task: Task) -> Any:
     return _load(_MODELS[model_type][task])
 
 
+def configuration_class(model_type: str) -> Any:
+    """The configuration of a `model_type`; BERT's own takes seconds to import."""
+    if model_type == "bert":
+        from transformers import BertConfig
+
+        return BertConfig
+    return _load(_CONFIGS[model_type])
+
+
 def install() -> None:
     """Have transformers' Auto classes know ours: now, or when somebody imports them."""
     for name, register in ((_CONFIGURATION_AUTO, _register_configs), (_MODELING_AUTO, _register)):
