@@ -85,6 +85,13 @@ def test_comet(tmp_path, caplog, monkeypatch):
     run({"comet_ml": {"online": False, "project": "test"}}, tmp_path)
     assert not [r for r in caplog.records if r.name.startswith("mosaicbert")]
     assert list(tmp_path.glob("comet/*.zip"))
+    key = (tmp_path / "comet-experiment-key").read_text()
+    run({"comet_ml": {"online": False, "project": "test"}}, tmp_path, batches=(3, 4))
+    assert not [r for r in caplog.records if r.name.startswith("mosaicbert")]
+    assert (tmp_path / "comet-experiment-key").read_text() == key
+    assert all(key in path.name for path in tmp_path.glob("comet/*.zip"))
+    run({"comet_ml": {"online": False, "project": "test"}}, tmp_path)
+    assert (tmp_path / "comet-experiment-key").read_text() != key
 
 
 @needs("mlflow")
@@ -107,6 +114,18 @@ def test_mlflow(named, tmp_path, caplog, monkeypatch):
     assert found.data.params["optimizer.lr"] == "0.001"
     assert found.data.params["api_key"] == "***"
     assert found.info.run_name == "my-run"
+    run({"mlflow": settings}, tmp_path, batches=(3, 4))  # a resumed run goes on with it
+    (found,) = client.search_runs([experiment.experiment_id])
+    history = client.get_metric_history(found.info.run_id, "loss/train/total")
+    assert [m.step for m in history] == [1, 2, 3, 3, 4]
+    assert found.info.status == "FINISHED"
+    client.delete_run(found.info.run_id)
+    run({"mlflow": settings}, tmp_path, batches=(5,))  # and where it is gone, with a new one
+    (other,) = client.search_runs([experiment.experiment_id])
+    assert other.info.run_id != found.info.run_id
+    run({"mlflow": settings}, tmp_path)  # the same folder from the start: a new one
+    assert len(client.search_runs([experiment.experiment_id])) == 2
+    assert not [r for r in caplog.records if r.name.startswith("mosaicbert")]
 
 
 @needs("trackio")
@@ -125,3 +144,8 @@ def test_trackio(tmp_path, caplog, monkeypatch):
     with sqlite3.connect(database) as connection:
         rows = connection.execute("select step, metrics from metrics order by step").fetchall()
     assert any("loss/train/total" in str(row) for row in rows)
+    run({"trackio": {"project": "test"}}, tmp_path, batches=(3, 4))
+    assert not [r for r in caplog.records if r.name.startswith("mosaicbert")]
+    with sqlite3.connect(database) as connection:
+        names = connection.execute("select distinct run_name from metrics").fetchall()
+    assert names == [("my-run",)]

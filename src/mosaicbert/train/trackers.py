@@ -96,17 +96,21 @@ def _open_wandb(wandb: ModuleType, settings: Settings, run: Run, start: Progress
     settings = {"name": run.name, "config": run.config} | settings
     if run.folder is not None:
         settings.setdefault("dir", str(run.folder))
-        settings.setdefault("id", _run_id(run.folder / "wandb-run-id", new=start.batch <= 1))
+        settings.setdefault("id", _own_id(run.folder / "wandb-run-id", 12, start))
         settings.setdefault("resume", "allow")
     opened = wandb.init(**settings)
     return Tracker(lambda metrics, at: opened.log(dict(metrics), step=at.batch), opened.finish)
 
 
-def _run_id(path: Path, new: bool) -> str:
+def _own_id(path: Path, length: int, start: Progress) -> str:
     """The id under which a resumed run goes on in the tracker."""
-    if new or not path.exists():
-        path.write_text(uuid.uuid4().hex[:12])
+    if not _goes_on(start) or not path.exists():
+        path.write_text(uuid.uuid4().hex[:length])
     return path.read_text()
+
+
+def _goes_on(start: Progress) -> bool:
+    return start.batch > 1
 
 
 def _open_tensorboard(library: ModuleType, settings: Settings, run: Run, start: Progress) -> Logger:
@@ -125,6 +129,9 @@ def _open_tensorboard(library: ModuleType, settings: Settings, run: Run, start: 
 def _open_comet(comet_ml: ModuleType, settings: Settings, run: Run, start: Progress) -> Logger:
     folder = {} if run.folder is None else {"offline_directory": str(run.folder / "comet")}
     extra = settings.pop("experiment_config", None) or {}
+    if run.folder is not None:  # with a key of before, Comet goes on with that experiment
+        key = _own_id(run.folder / "comet-experiment-key", 32, start)
+        settings.setdefault("experiment_key", key)
     config = comet_ml.ExperimentConfig(**{"name": run.name, **folder, **extra})
     experiment = comet_ml.start(**settings, experiment_config=config)
     experiment.log_parameters(dict(flatten(run.config)))
@@ -146,6 +153,7 @@ def _mlflow_uri(settings: Settings, run: Run) -> str:
     return uri
 
 
+MLFLOW_ID = "mlflow-run-id"
 _MLFLOW_SETTINGS = ["tracking_uri", "experiment_name", "run_name", "tags"]
 
 
@@ -155,12 +163,16 @@ def _open_mlflow(mlflow: ModuleType, settings: Settings, run: Run, start: Progre
     name = settings.get("experiment_name") or "mosaicbert"
     known = client.get_experiment_by_name(name)
     experiment = known.experiment_id if known else client.create_experiment(name)
-    opened = client.create_run(
-        experiment, run_name=settings.get("run_name") or run.name, tags=settings.get("tags")
-    )
-    run_id = opened.info.run_id
-    for key, value in flatten(run.config):
-        client.log_param(run_id, key, str(value)[:500])
+    run_id = _mlflow_run_of_before(client, run, start)
+    if run_id is None:
+        opened = client.create_run(
+            experiment, run_name=settings.get("run_name") or run.name, tags=settings.get("tags")
+        )
+        run_id = opened.info.run_id
+        for key, value in flatten(run.config):
+            client.log_param(run_id, key, str(value)[:500])
+        if run.folder is not None:
+            (run.folder / MLFLOW_ID).write_text(run_id)
 
     def write(metrics: Mapping[str, float], progress: Progress) -> None:
         now = int(time.time() * 1000)
@@ -175,8 +187,22 @@ def _open_mlflow(mlflow: ModuleType, settings: Settings, run: Run, start: Progre
     return Tracker(write, lambda: client.set_terminated(run_id))
 
 
+def _mlflow_run_of_before(client: Any, run: Run, start: Progress) -> str | None:
+    """The id of the run that a resumed one goes on with, set to running; None: it is gone."""
+    path = None if run.folder is None else run.folder / MLFLOW_ID
+    if path is None or not path.exists() or not _goes_on(start):
+        return None
+    run_id = path.read_text()
+    try:
+        client.update_run(run_id, status="RUNNING")
+    except Exception:  # deleted, or of another server; MLflow raises what its stores raise
+        return None
+    return run_id
+
+
 def _open_trackio(trackio: ModuleType, settings: Settings, run: Run, start: Progress) -> Logger:
     defaults = {"project": "mosaicbert", "name": run.name, "config": run.config, "embed": False}
+    defaults["resume"] = "allow" if _goes_on(start) else "never"
     opened = trackio.init(**{**defaults, **settings})
     return Tracker(lambda metrics, at: opened.log(dict(metrics), step=at.batch), opened.finish)
 
