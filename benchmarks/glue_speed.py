@@ -5,7 +5,8 @@
                                    with random weights
         [--model mosaic_bert]      what our side trains; hf_bert is the same model as the Trainer's
         [--tasks mnli rte] [--seeds 2] [--epochs 1] [--max_batches 200]    less work, for both
-        [--jobs_per_gpu 8] [--setting auto] [--probe 60] [--limit SECONDS] [--arms ours trainer]
+        [--jobs_per_gpu 8] [--mps] [--setting auto] [--probe 60] [--limit SECONDS]
+        [--arms ours trainer]
         [--device cpu --tiny]      a rehearsal
 
 Both sides are programs of their own, started one after the other and timed from start to end:
@@ -61,6 +62,7 @@ def write_yaml(args: argparse.Namespace, checkpoint: Path) -> Path:
         "run_folder": str(args.work / "ours"),
         "parallel": True,
         "jobs_per_gpu": args.jobs_per_gpu,
+        "cuda_mps": args.mps,
         "device": args.device,
         "precision": "fp32" if args.device == "cpu" else "amp_bf16",
         "compile": args.compile,
@@ -207,6 +209,7 @@ def main() -> int:
         "commit": args.commit,
         "checkpoint": "random weights" if args.tiny else str(args.checkpoint),
         "jobs_per_gpu": args.jobs_per_gpu,
+        "cuda_mps": args.mps,
         "setting": "workers" if args.setting == "auto" else args.setting,
         "arms": {},
     }
@@ -235,6 +238,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max_batches", type=int, default=0)
     parser.add_argument("--eval_at_end", action="store_true", help="no evaluations on the way")
     parser.add_argument("--jobs_per_gpu", type=lambda n: n if n == "auto" else int(n), default=8)
+    parser.add_argument("--mps", action="store_true", help="our side: cuda_mps")
     parser.add_argument("--compile", action="store_true", default=None, help="our side")
     parser.add_argument("--setting", choices=("auto", *SETTINGS), default="auto")
     parser.add_argument("--probe", type=int, default=60, help="steps; 0: none")

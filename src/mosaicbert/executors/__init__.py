@@ -6,6 +6,7 @@ dies, is an event like any other: what follows from it is the caller's affair.
 """
 
 from mosaicbert.executors.local import LocalProcesses
+from mosaicbert.executors.mps import start_service
 from mosaicbert.executors.ray_tasks import RayTasks
 from mosaicbert.executors.tasks import ENGINES, Event, Executor, Failure, Work, run_all
 
@@ -18,4 +19,5 @@ __all__ = [
     "RayTasks",
     "Work",
     "run_all",
+    "start_service",
 ]

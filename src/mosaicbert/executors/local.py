@@ -32,9 +32,17 @@ class LocalProcesses:
     Imports and start-up are paid once a slot. The children die with their parent, however it ends.
     """
 
-    def __init__(self, work: Work, slots: Sequence[Mapping[str, str]]) -> None:
-        """`slots`: the environment variables of each process, such as which GPU it sees."""
-        self._work = work
+    def __init__(
+        self,
+        work: Work,
+        slots: Sequence[Mapping[str, str]],
+        at_end: Callable[[], None] | None = None,
+    ) -> None:
+        """`slots`: the environment variables of each process, such as which GPU it sees.
+
+        `at_end` is called once all processes have ended.
+        """
+        self._work, self._at_end = work, at_end
         self._slots = [_Slot(environment) for environment in slots]
         for slot in self._slots:  # all at once: to send a large task is to wait for its process
             self._pipe(slot)
@@ -95,6 +103,8 @@ class LocalProcesses:
     def close(self) -> None:
         """End the processes with SIGTERM, which a job at work takes to save where it is."""
         _stop(self._slots)
+        if self._at_end is not None:
+            self._at_end()
 
     def _pipe(self, slot: _Slot) -> Connection:
         """To the slot's process, which is started if there is none."""

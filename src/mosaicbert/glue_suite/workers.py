@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mosaicbert.config import ClassifyConfig, GlueConfig
-from mosaicbert.executors import Executor, LocalProcesses, RayTasks
+from mosaicbert.executors import Executor, LocalProcesses, RayTasks, start_service
 from mosaicbert.glue_suite.jobs import run_job
 from mosaicbert.glue_suite.planning import GlueJob
 
@@ -34,9 +34,20 @@ def build_executor(config: GlueConfig, jobs: Sequence[GlueJob], engine: str) -> 
         per_gpu = 1 if config.jobs_per_gpu == "auto" else config.jobs_per_gpu
         share = 0.0 if config.device == "cpu" else 1 / per_gpu
         return RayTasks(run_job, num_gpus=share, or_cpu=config.device is None)
-    workers = LocalProcesses(run_job, slots(config, jobs))
+    found = slots(config, jobs)
+    service = start_service() if config.cuda_mps and _share_a_gpu(found) else None
+    if service is None:
+        workers = LocalProcesses(run_job, found)
+    else:
+        found = [{**slot, **service.environment} for slot in found]
+        workers = LocalProcesses(run_job, found, at_end=service.close)
     workers.prepare(import_all)
     return workers
+
+
+def _share_a_gpu(environments: Sequence[dict[str, str]]) -> bool:
+    gpus = [env["CUDA_VISIBLE_DEVICES"] for env in environments if "CUDA_VISIBLE_DEVICES" in env]
+    return len(gpus) > len(set(gpus))
 
 
 def import_all() -> None:

@@ -1,0 +1,92 @@
+"""CUDA's multi-process service (MPS): several processes at work on one GPU at the same time.
+
+Without it processes take turns on a GPU, and kernels too small to fill one, such as those of
+fine-tuning, leave most of it idle in their turn. The service is a daemon of the driver's, found as
+`nvidia-cuda-mps-control`; processes that know its folder run through it.
+https://docs.nvidia.com/deploy/mps
+"""
+
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+CONTROL = "nvidia-cuda-mps-control"
+SECONDS_TO_START, SECONDS_AFTER_WORDS = 20.0, 2.0
+SECONDS_TO_END = 20.0
+_GUARD = f'{CONTROL} -d; cat > /dev/null; echo quit -t 5 | {CONTROL}; rm -rf -- "$1"'
+"""Waits for the end of its input, which is that of the process that started it, however it ends."""
+
+
+class MultiProcessService:
+    """A service of our own, which ends with this process at the latest."""
+
+    def __init__(self, folder: Path, guard: "subprocess.Popen[bytes]") -> None:
+        self._folder, self._guard = folder, guard
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What processes need to run through it, there before they start."""
+        return _environment(self._folder)
+
+    def close(self) -> None:
+        """End it, after its processes."""
+        assert self._guard.stdin is not None
+        self._guard.stdin.close()
+        try:
+            self._guard.wait(SECONDS_TO_END)
+        except subprocess.TimeoutExpired:
+            log.warning("CUDA's multi-process service does not end; its folder: %s", self._folder)
+
+
+def start_service() -> MultiProcessService | None:
+    """Start it for all GPUs; None, said with the reason, where that cannot be."""
+    if shutil.which(CONTROL) is None:
+        _say_without(f"there is no {CONTROL} (it comes with the driver)")
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="mps-"))  # a short path: sockets lie in it
+    # It must see all GPUs: those that its processes see are chosen among them.
+    own = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    with (folder / "out.log").open("wb") as output:
+        guard = subprocess.Popen(
+            ["sh", "-c", _GUARD, "sh", str(folder)],
+            env=own | _environment(folder),
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C is for us
+        )
+    service = MultiProcessService(folder, guard)
+    if not _answers(folder):
+        lines = (folder / "out.log").read_text(errors="replace").split("\n")
+        service.close()
+        _say_without(next((line for line in lines if line.strip()), "it does not start"))
+        return None
+    log.info("Jobs that share a GPU run at the same time, by CUDA's multi-process service.")
+    return service
+
+
+def _answers(folder: Path) -> bool:
+    """Wait until the daemon's socket is there, or until it has complained or taken too long."""
+    began = time.monotonic()
+    while not (folder / "control").exists():
+        seconds = time.monotonic() - began
+        has_spoken = (folder / "out.log").stat().st_size > 0
+        if seconds > (SECONDS_AFTER_WORDS if has_spoken else SECONDS_TO_START):
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return {"CUDA_MPS_PIPE_DIRECTORY": str(folder), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
+
+
+def _say_without(why: str) -> None:
+    log.warning("cuda_mps: jobs that share a GPU take turns: %s.", why.strip().rstrip("."))
