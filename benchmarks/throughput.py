@@ -249,7 +249,7 @@ CLASSES = {
     "matrix products": r"gemm|nvjet|cutlass|cublas|xmma|wgmma",
     "attention": r"^(forward|backward|reach|dq|dkv)_kernel|attention|flash|fmha|flex",
     "GeGLU": r"^_geglu",
-    "LayerNorm": r"^_norm_(forward|backward)",
+    "LayerNorm": r"^_?norm_(forward|backward)",
     "optimizer": r"adam|multi_tensor",
     "copies from the host": r"memcpy htod",
 }

@@ -28,7 +28,7 @@ def test_eight_bits_are_those_of_16():
     from mosaicbert.models.fp8 import to_eight
     from mosaicbert.models.kernels.eight import GATED, NORMED
     from mosaicbert.models.kernels.geglu import geglu_backward, geglu_forward
-    from mosaicbert.models.kernels.layernorm import sum_norm_backward, sum_norm_forward
+    from mosaicbert.models.kernels.sumnorm import sum_norm_backward, sum_norm_forward
 
     torch.manual_seed(0)
     x, grad = torch.randn(2, 50, 256, device=DEVICE) * 20

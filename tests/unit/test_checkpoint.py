@@ -21,6 +21,7 @@ from mosaicbert.errors import CheckpointError, ConfigError
 from mosaicbert.train import store
 from mosaicbert.train.monitors import HealthChecker
 from mosaicbert.train.store import SaveFolder, locate
+from mosaicbert.train.writer import CheckpointWriter
 
 OPTIMIZERS = ["decoupled_adamw", "adamw", "stable_adamw", "muon"]
 
@@ -274,7 +275,7 @@ def test_a_kill_between_any_two_renames(tmp_path, monkeypatch, survives, again):
         monkeypatch.setattr(owner, name, call)
     folder = SaveFolder(str(tmp_path))
     taken = []
-    monkeypatch.setattr(store.CheckpointWriter, "save", lambda self, c: taken.append(c))
+    monkeypatch.setattr(CheckpointWriter, "save", lambda self, c: taken.append(c))
     trainer.saving.save(trainer.progress)
     with contextlib.suppress(Killed):
         folder.write(taken[0], None)
@@ -338,7 +339,7 @@ def test_a_kill_before_the_old_ones_went(tmp_path, monkeypatch):
     changes = {"save_folder": str(tmp_path), "save_interval": "1ba", "max_duration": "4ba"}
     changes |= {"save_num_checkpoints_to_keep": 2, "evaluate": False}
     with monkeypatch.context() as patch:
-        patch.setattr(store.CheckpointWriter, "remove_old", lambda self: None)
+        patch.setattr(CheckpointWriter, "remove_old", lambda self: None)
         make_trainer(**changes)[0].fit()
     assert len(list(tmp_path.glob("ep*"))) == 4
     make_trainer(**changes, autoresume=True)[0].fit()

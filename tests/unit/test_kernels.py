@@ -24,10 +24,8 @@ from mosaicbert.models.kernels import geglu as geglu_module  # noqa: E402
 from mosaicbert.models.kernels.attention import alibi_attention  # noqa: E402
 from mosaicbert.models.kernels.cross_entropy import linear_cross_entropy  # noqa: E402
 from mosaicbert.models.kernels.geglu import geglu, geglu_backward, geglu_linear  # noqa: E402
-from mosaicbert.models.kernels.layernorm import (  # noqa: E402
-    residual_layer_norm,
-    sum_layer_norm,
-)
+from mosaicbert.models.kernels.layernorm import residual_layer_norm  # noqa: E402
+from mosaicbert.models.kernels.sumnorm import sum_layer_norm  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array")  # triton 3.6's own
 SEED = torch.tensor([0x1234_5678_9ABC])

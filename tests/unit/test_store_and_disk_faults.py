@@ -24,7 +24,8 @@ from mosaicbert.report.runs import read_run
 from mosaicbert.retrying import retried
 from mosaicbert.train.distributed import init_ranks
 from mosaicbert.train.loggers import RunFolderLogger
-from mosaicbert.train.store import CheckpointWriter, SaveFolder
+from mosaicbert.train.store import SaveFolder
+from mosaicbert.train.writer import CheckpointWriter
 
 
 @pytest.fixture

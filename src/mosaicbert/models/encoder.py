@@ -263,7 +263,7 @@ def sum_and_norm(
 ) -> tuple[Tensor, Tensor]:
     """`s = residual + dropout(dense(x))` and `norm(s)`; without `x`, s is `residual`."""
     if fused:
-        from mosaicbert.models.kernels.layernorm import sum_layer_norm
+        from mosaicbert.models.kernels.sumnorm import sum_layer_norm
 
         projected, bias = None, None
         if x is not None and dense is not None:

@@ -18,12 +18,8 @@ from mosaicbert.models.encoder import dropout_seed
 from mosaicbert.models.kernels.attention import attention_backward, attention_forward
 from mosaicbert.models.kernels.eight import GATED, HIGHEST, NORMED
 from mosaicbert.models.kernels.geglu import geglu_backward, geglu_forward
-from mosaicbert.models.kernels.layernorm import (
-    layer_norm_backward,
-    layer_norm_forward,
-    sum_norm_backward,
-    sum_norm_forward,
-)
+from mosaicbert.models.kernels.layernorm import layer_norm_backward, layer_norm_forward
+from mosaicbert.models.kernels.sumnorm import sum_norm_backward, sum_norm_forward
 
 Grads = tuple[Tensor | None, ...]
 

@@ -17,13 +17,8 @@ from mosaicbert.train.best import Best
 from mosaicbert.train.checkpoint import Checkpoint, load_model, load_optimizer, take_snapshot
 from mosaicbert.train.distributed import Ranks
 from mosaicbert.train.record import Monitor
-from mosaicbert.train.store import (
-    CheckpointWriter,
-    SaveFolder,
-    check_save_folder,
-    check_writable,
-    locate,
-)
+from mosaicbert.train.store import SaveFolder, check_save_folder, check_writable, locate
+from mosaicbert.train.writer import CheckpointWriter
 
 log = logging.getLogger(__name__)
 

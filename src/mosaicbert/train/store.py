@@ -1,4 +1,4 @@
-"""Where checkpoints lie: a save folder, local or any fsspec URI, and the thread that fills it.
+"""Where checkpoints lie: a save folder, local or any fsspec URI.
 
 A save folder holds checkpoint folders and `latest`, a text file with the name of the newest.
 A local checkpoint is written aside and renamed; a remote one is uploaded with `state.json` last.
@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -22,7 +21,7 @@ from typing import TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from mosaicbert.errors import CheckpointError, ConfigError, MosaicBertError
+from mosaicbert.errors import CheckpointError, ConfigError
 from mosaicbert.retrying import retried
 from mosaicbert.train.checkpoint import (
     STATE_FILE,
@@ -328,84 +327,3 @@ def check_writable(folder: SaveFolder) -> None:
         raise ConfigError(
             f"save_folder: {folder.path} cannot be made: {path} {what}. Name another folder."
         )
-
-
-class CheckpointWriter:
-    """Writes checkpoints in a thread of its own, one at a time. For rank 0.
-
-    An error surfaces at the next `save` or at `wait`. Of this run's checkpoints the newest `keep`
-    stay (-1: all).
-    """
-
-    def __init__(
-        self, folder: SaveFolder, run_id: str, keep: int, write_assets: WriteAssets | None
-    ) -> None:
-        self.folder = folder
-        self.run_id = run_id
-        self.keep = keep
-        self.newest: str | None = None
-        """Name of the last checkpoint that is whole."""
-        self.kept: str | None = None
-        """Name of one that stays, whatever `keep` says; `best` in a local folder links to it."""
-        self._write_assets = write_assets
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Begin to write; waits only for a checkpoint that is still being written."""
-        self.wait()
-        # Not a daemon: a run that ends in an error still completes its last checkpoint.
-        self._thread = threading.Thread(
-            target=self._work, args=(checkpoint,), name=f"checkpoint-{checkpoint.name}"
-        )
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Wait until nothing is being written.
-
-        Raises:
-            CheckpointError: writing failed.
-        """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def _work(self, checkpoint: Checkpoint) -> None:
-        try:
-            self.folder.write(checkpoint, self._write_assets)
-            self.newest = checkpoint.name
-            if checkpoint.name == self.kept:
-                self.folder.link(BEST, checkpoint.name)
-            self.remove_old()
-        except MosaicBertError as error:
-            self._error = error
-        except Exception as error:
-            self._error = CheckpointError(
-                f"{self.folder.uri(checkpoint.name)} cannot be written ({error!r}). Check space, "
-                "rights and connection; with autoresume: true the run goes on from the one before."
-            )
-            self._error.__cause__ = error
-
-    def remove_old(self) -> None:
-        """Remove this run's checkpoints beyond the newest `keep`."""
-        if self.keep > 0:
-            own = [name for name in self.folder.names() if self._is_own(name)]
-            for name in own[: -self.keep]:
-                if name not in (self.newest, self.kept):
-                    self._remove(name)
-
-    def _remove(self, name: str) -> None:
-        """Take an old checkpoint away; one that does not go is told of and never stops the run."""
-        try:
-            if self.folder.is_local:
-                self.folder.remove(name)
-            else:
-                retried(self.folder.uri(name), lambda: self.folder.remove(name))
-        except Exception as error:  # every store's client has its own kinds
-            log.warning("%s cannot be removed (%r).", self.folder.uri(name), error)
-
-    def _is_own(self, name: str) -> bool:
-        return self.folder.run_of(name) == self.run_id
