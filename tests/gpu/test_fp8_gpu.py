@@ -46,14 +46,29 @@ def test_eight_bits_are_those_of_16():
     assert torch.equal(dx8.float(), to_eight(dx, 1.0, torch.float8_e5m2).float())
 
 
+def test_a_product_in_8_bits_is_clipped():
+    from mosaicbert.models import fp8
+    from mosaicbert.models.kernels.eight import NORMED, WIDE
+
+    torch.manual_seed(0)
+    x8 = fp8.to_eight(torch.randn(64, 256, device=DEVICE) * 4, NORMED)
+    scales = fp8.make_scales(DEVICE, fp8_gate=True)
+    w8, _, scale = fp8._quantized(torch.randn(128, 256, device=DEVICE))
+    wide = fp8._product_in_eight(x8, w8, scales.normed, scale, scales.wide)
+    exact = (x8.double() / NORMED) @ (w8.double() * scale.double()).T
+    assert (exact.abs() > 56).any()
+    torch.testing.assert_close(wide.double() / WIDE, exact.clamp(-56, 56), rtol=2**-3, atol=2**-6)
+
+
+@pytest.mark.parametrize("gate", [False, True], ids=["", "gate"])
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(
     "changes", [{}, MODERN | {"zero_init_outputs": False}], ids=["post", "pre"]
 )
-def test_fp8(changes, compiled, lengths):
+def test_fp8(changes, compiled, lengths, gate):
     on = batch(LENGTHS[lengths])
-    built = model(**{"hidden_dropout_prob": 0.0, **changes})
+    built = model(**{"hidden_dropout_prob": 0.0, "fp8_gate": gate, **changes})
     want, exact = reference(built, on)
     use_fp8(built, DEVICE)
     if compiled:

@@ -71,11 +71,12 @@ def gradients(model):
     return torch.cat([p.grad.double().flatten() for p in model.parameters()])
 
 
+@pytest.mark.parametrize("gate", [False, True], ids=["", "gate"])
 @pytest.mark.parametrize(
     "changes", [{}, MODERN | {"zero_init_outputs": False}], ids=["post", "pre"]
 )
-def test_loss_and_gradients(changes, interpreted, monkeypatch):
-    model, on = made(**changes), batch()
+def test_loss_and_gradients(changes, gate, interpreted, monkeypatch):
+    model, on = made(**changes, fp8_gate=gate), batch()
     exact = copy.deepcopy(model).double()
     exact.config.attention_backend = "reference"
     loss = exact.loss(on).loss_sum / on.num_targets
@@ -88,6 +89,37 @@ def test_loss_and_gradients(changes, interpreted, monkeypatch):
     assert got.item() == pytest.approx(loss.item(), rel=1e-2)
     error = (gradients(model) - gradients(exact)).norm() / gradients(exact).norm()
     assert 1e-4 < error < 0.06  # it is fp8, and it is near
+
+
+def test_a_gated_unit_of_8_bits(interpreted):
+    """Its input is the product's, rounded and clipped; so are both passes' results."""
+    from mosaicbert.models import fp8
+    from mosaicbert.models.kernels.eight import NORMED, WIDE
+    from mosaicbert.models.kernels.geglu import geglu_backward, geglu_forward
+
+    torch.manual_seed(0)
+    weight = torch.randn(64, 32)
+    x8 = fp8.to_eight(torch.randn(5, 32) * 4, NORMED)
+    scales = fp8.make_scales(CPU, fp8_gate=True)
+    w8, _, scale = fp8._quantized(weight)
+    wide = fp8._product_in_eight(x8, w8, scales.normed, scale, scales.wide)
+    exact = (x8.double() / NORMED) @ (w8.double() * scale.double()).T
+    assert (exact.abs() > 56).any()  # some are clipped
+    assert wide.dtype == torch.float8_e4m3fn
+    torch.testing.assert_close(
+        wide.double() / WIDE, exact.clamp(-56, 56), rtol=2**-4, atol=2**-9 / WIDE
+    )
+    seen = (wide.double() / WIDE).requires_grad_()
+    want = torch.nn.functional.gelu(seen[:, :32]) * seen[:, 32:]
+    out, _ = geglu_forward(wide, 0.0, None, True, torch.float32)
+    torch.testing.assert_close(out.double(), want.detach(), rtol=1e-5, atol=1e-5)
+    grad = torch.randn(5, 32)
+    want.backward(grad.double())
+    dx, again, dx8 = geglu_backward(grad, wide, 0.0, None, True, True)
+    assert dx.dtype == again.dtype == torch.float32
+    torch.testing.assert_close(dx.double(), seen.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again, out)
+    same(dx8, fp8.to_eight(dx, 1.0, torch.float8_e5m2))
 
 
 def same(got, want):

@@ -132,6 +132,8 @@ class MosaicBertConfig(_BertShape):
     """Bound the MLM logits smoothly."""
     bigram_buckets: int = 0
     """Embed each token's pairs with its two neighbours, hashed into so many rows; 0: do not."""
+    fp8_gate: bool = False
+    """With `precision: fp8`: what goes into GeGLU is computed and kept in 8 bits too."""
 
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)

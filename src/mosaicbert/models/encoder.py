@@ -321,7 +321,7 @@ class MosaicBertEncoder(nn.Module):
         from mosaicbert.models import fp8
 
         copy = None if self.config.pre_norm else fp8.normed_in_eight(x)
-        return copy, fp8.make_scales(x.device)
+        return copy, fp8.make_scales(x.device, self.config.fp8_gate)
 
     def forward(
         self,

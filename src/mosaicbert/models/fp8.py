@@ -5,7 +5,8 @@ weights stay in bf16, as do the residual stream, the last layer's masked rows an
 Activations and gradients get their 8-bit copies from the kernels that make them
 (`kernels/eight.py` has formats and scales), so that hardly a pass over memory is for casting alone;
 each function here is a product with the kernel behind it, because that kernel's backward pass
-writes the gradient that the product takes. Weights are scaled by their largest element.
+writes the gradient that the product takes. Weights are scaled by their largest element. With
+`fp8_gate` in the model's configuration, what goes into the gated unit is in 8 bits alone.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from mosaicbert.models.attention import AttentionPlan
 from mosaicbert.models.encoder import dropout_seed
 from mosaicbert.models.kernels.attention import attention_backward, attention_forward
-from mosaicbert.models.kernels.eight import GATED, HIGHEST, NORMED
+from mosaicbert.models.kernels.eight import GATED, HIGHEST, NORMED, WIDE
 from mosaicbert.models.kernels.geglu import geglu_backward, geglu_forward
 from mosaicbert.models.kernels.layernorm import layer_norm_backward, layer_norm_forward
 from mosaicbert.models.kernels.sumnorm import sum_norm_backward, sum_norm_forward
@@ -30,11 +31,18 @@ class Scales(NamedTuple):
     normed: Tensor
     gated: Tensor
     gradient: Tensor
+    wide: Tensor | None
+    """What the input of a gated unit is multiplied by, where that is in 8 bits."""
 
 
-def make_scales(device: torch.device) -> Scales:
+def make_scales(device: torch.device, fp8_gate: bool) -> Scales:
     """The fixed ones, on `device`."""
-    return Scales(*(torch.full((), 1 / scale, device=device) for scale in (NORMED, GATED, 1.0)))
+
+    def scalar(value: float) -> Tensor:
+        return torch.full((), value, device=device)
+
+    wide = scalar(WIDE) if fp8_gate else None
+    return Scales(scalar(1 / NORMED), scalar(1 / GATED), scalar(1.0), wide)
 
 
 def to_eight(x: Tensor, scale: float, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
@@ -82,6 +90,15 @@ def _product(
     return out
 
 
+def _product_in_eight(
+    x: Tensor, weight: Tensor, x_scale: Tensor, scale: Tensor, out_scale: Tensor
+) -> Tensor:
+    """The product times `out_scale`, clipped, in 8 bits."""
+    if x.device.type == "cpu":  # makes NaN of what is too large; cuBLAS clips
+        return to_eight(_product(x, weight, x_scale, scale, torch.float32), out_scale.item())
+    return _product(x, weight, x_scale, scale * out_scale, torch.float8_e4m3fn)
+
+
 def _weight_gradient(grad: Tensor, x: Tensor, like: Tensor) -> Tensor:
     return (grad.t() @ x).to(like.dtype)
 
@@ -126,10 +143,14 @@ class _LinearGeglu(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, x8: Tensor, x_scale: Tensor, one: Tensor, w8: Tensor, w8t: Tensor,
-        w_scale: Tensor, weight: Tensor, dropout_p: float, seed: Tensor | None,
+        w_scale: Tensor, weight: Tensor, wide_scale: Tensor | None, dropout_p: float,
+        seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        wide = _product(x8, w8, x_scale, w_scale, x.dtype)
-        out, out8 = geglu_forward(wide, dropout_p, seed, True)
+        if wide_scale is None:
+            wide = _product(x8, w8, x_scale, w_scale, x.dtype)
+        else:
+            wide = _product_in_eight(x8, w8, x_scale, w_scale, wide_scale)
+        out, out8 = geglu_forward(wide, dropout_p, seed, True, x.dtype)
         ctx.dropout_p = dropout_p
         ctx.save_for_backward(x, weight, w8t, w_scale, one, wide, seed)
         ctx.mark_non_differentiable(out8)
@@ -140,7 +161,7 @@ class _LinearGeglu(torch.autograd.Function):
         x, weight, w8t, w_scale, one, wide, seed = ctx.saved_tensors
         dwide, _, dwide8 = geglu_backward(grads[0], wide, ctx.dropout_p, seed, False, True)
         dx = _product(dwide8, w8t, one, w_scale, x.dtype)
-        return (dx, *(None,) * 6, _weight_gradient(dwide, x, weight), None, None)
+        return (dx, *(None,) * 6, _weight_gradient(dwide, x, weight), *(None,) * 3)
 
 
 class _LinearNorm(torch.autograd.Function):
@@ -326,7 +347,7 @@ def _gated(mlp: Any, x: Tensor, x8: Tensor, scales: Scales) -> tuple[Tensor, Ten
     weight = mlp.gated_layers.weight
     out, out8 = _apply(
         _LinearGeglu, x, x8, scales.normed, scales.gradient, *_quantized(weight), weight,
-        dropout_p, dropout_seed(dropout_p, x.device),
+        scales.wide, dropout_p, dropout_seed(dropout_p, x.device),
     )  # fmt: skip
     return out, out8
 

@@ -18,6 +18,8 @@ NORMED = 8.0
 """Scale of what a LayerNorm or attention gives out: clipped at 56."""
 GATED = 2.0
 """Scale of what a gated unit gives out: clipped at 224."""
+WIDE = 8.0
+"""Scale of what goes into a gated unit, where that is in 8 bits: clipped at 56."""
 HIGHEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
 

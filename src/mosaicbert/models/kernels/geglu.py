@@ -1,7 +1,7 @@
 """GeGLU with exact GELU and optional dropout, one pass over memory each way.
 
 `gelu(x[:, :I]) * x[:, I:]` (Shazeer 2020, "GLU Variants Improve Transformer"). Only `x` is kept for
-the backward pass, by `geglu_linear` too.
+the backward pass, by `geglu_linear` too. It may be in fp8, times `WIDE`.
 """
 # mypy: disable-error-code="no-untyped-def,misc,untyped-decorator"
 # ruff: noqa: N803
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mosaicbert.models.kernels.dropout import dropout_config, keep_mask
-from mosaicbert.models.kernels.eight import GATED, eight_like, store_eight
+from mosaicbert.models.kernels.eight import GATED, WIDE, eight_like, store_eight
 from mosaicbert.models.kernels.ops import kernel_op, launch
 
 
@@ -35,8 +35,8 @@ def _normal(x):
 @triton.jit
 def _geglu_forward_kernel(
     x_ptr, out_ptr, out8_ptr, seed_ptr, num_rows,
-    EIGHT: tl.constexpr, WIDTH: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    X_SCALE: tl.constexpr, EIGHT: tl.constexpr, WIDTH: tl.constexpr, DROP_BELOW: tl.constexpr,
+    KEEP_SCALE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     col_blocks = tl.cdiv(WIDTH, COLS)
     pid = tl.program_id(0)
@@ -44,8 +44,8 @@ def _geglu_forward_kernel(
     col = (pid % col_blocks) * COLS + tl.arange(0, COLS)[None, :]
     inside = (row < num_rows) & (col < WIDTH)
     at = row.to(tl.int64) * (2 * WIDTH) + col
-    gate = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x_ptr + at + WIDTH, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * X_SCALE
+    up = tl.load(x_ptr + at + WIDTH, mask=inside, other=0.0).to(tl.float32) * X_SCALE
     cdf, _ = _normal(gate)
     out = gate * cdf * up
     if DROP_BELOW > 0:
@@ -59,8 +59,8 @@ def _geglu_forward_kernel(
 @triton.jit
 def _geglu_backward_kernel(
     grad_ptr, x_ptr, dx_ptr, dx8_ptr, out_ptr, seed_ptr, num_rows,
-    EIGHT: tl.constexpr, WIDTH: tl.constexpr, DROP_BELOW: tl.constexpr, KEEP_SCALE: tl.constexpr,
-    RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    X_SCALE: tl.constexpr, EIGHT: tl.constexpr, WIDTH: tl.constexpr, DROP_BELOW: tl.constexpr,
+    KEEP_SCALE: tl.constexpr, RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     col_blocks = tl.cdiv(WIDTH, COLS)
     pid = tl.program_id(0)
@@ -69,8 +69,8 @@ def _geglu_backward_kernel(
     inside = (row < num_rows) & (col < WIDTH)
     at = row.to(tl.int64) * (2 * WIDTH) + col
     narrow_at = row.to(tl.int64) * WIDTH + col
-    gate = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(x_ptr + at + WIDTH, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32) * X_SCALE
+    up = tl.load(x_ptr + at + WIDTH, mask=inside, other=0.0).to(tl.float32) * X_SCALE
     grad = tl.load(grad_ptr + narrow_at, mask=inside, other=0.0).to(tl.float32)
     cdf, density = _normal(gate)
     gelu = gate * cdf
@@ -99,23 +99,34 @@ def _tiling(num_rows: int, width: int) -> tuple[tuple[int], dict[str, int]]:
     return grid, {"WIDTH": width, "ROWS": ROWS, "COLS": cols}
 
 
+def _scale_of(x: Tensor) -> float:
+    return 1 / WIDE if x.dtype == torch.float8_e4m3fn else 1.0
+
+
 @kernel_op("geglu")
 def geglu_forward(
-    x: Tensor, dropout_p: float, seed: Tensor | None, eight: bool = False
+    x: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    eight: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The op behind `geglu`; and its output in fp8, times `GATED`, if `eight` (else empty)."""
+    """The op behind `geglu`; and its output in fp8, times `GATED`, if `eight` (else empty).
+
+    `dtype`: of the output, where `x` is in fp8.
+    """
     assert x.ndim == 2
     assert x.shape[1] % 2 == 0
     assert x.is_contiguous()
     num_rows, width = x.shape[0], x.shape[1] // 2
-    out = x.new_empty(num_rows, width)
+    out = x.new_empty(num_rows, width, dtype=dtype or x.dtype)
     out8 = eight_like(out, torch.float8_e4m3fn, eight)
     dropout = dropout_config(dropout_p, seed)
     if out.numel():
         grid, config = _tiling(num_rows, width)
         launch(
-            _geglu_forward_kernel, grid, x, out, out8, x if seed is None else seed, num_rows,
-            EIGHT=GATED if eight else 0.0, **dropout, **config, num_warps=2,
+            _geglu_forward_kernel, grid, x, out, out8, out if seed is None else seed, num_rows,
+            X_SCALE=_scale_of(x), EIGHT=GATED if eight else 0.0, **dropout, **config, num_warps=2,
         )  # fmt: skip
     return out, out8
 
@@ -129,27 +140,43 @@ def geglu_backward(
     recompute: bool,
     eight: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of `x`; `geglu(x)` once more if `recompute`, dx in fp8 if `eight` (else empty)."""
+    """Gradient of `x`; `geglu(x)` once more if `recompute`, dx in fp8 if `eight` (else empty).
+
+    They are of the type of `grad` where `x` is in fp8.
+    """
     num_rows, width = x.shape[0], x.shape[1] // 2
     grad = grad.contiguous()
-    dx = torch.empty_like(x)
-    dx8 = eight_like(x, torch.float8_e5m2, eight)
-    out = x.new_empty(num_rows, width) if recompute else x.new_empty(0)
+    dx, dx8, out = _empty_gradients(grad, x, recompute, eight)
     dropout = dropout_config(dropout_p, seed)
     if dx.numel():
         grid, config = _tiling(num_rows, width)
         launch(
-            _geglu_backward_kernel, grid, grad, x, dx, dx8, out, x if seed is None else seed,
-            num_rows, EIGHT=eight, **dropout, RECOMPUTE=recompute, **config, num_warps=8,
+            _geglu_backward_kernel, grid, grad, x, dx, dx8, out, dx if seed is None else seed,
+            num_rows, X_SCALE=_scale_of(x), EIGHT=eight, **dropout, RECOMPUTE=recompute, **config,
+            num_warps=8,
         )  # fmt: skip
     return dx, out, dx8
 
 
+def _empty_gradients(
+    grad: Tensor, x: Tensor, recompute: bool, eight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for dx, its 8-bit copy and the activation."""
+    dtype = grad.dtype if x.dtype == torch.float8_e4m3fn else x.dtype
+    dx = torch.empty_like(x, dtype=dtype)
+    rows = x.shape[0] if recompute else 0
+    return dx, eight_like(dx, torch.float8_e5m2, eight), dx.new_empty(rows, x.shape[1] // 2)
+
+
 @geglu_forward.register_fake
 def _(
-    x: Tensor, dropout_p: float, seed: Tensor | None, eight: bool = False
+    x: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    eight: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    out = x.new_empty(x.shape[0], x.shape[1] // 2)
+    out = x.new_empty(x.shape[0], x.shape[1] // 2, dtype=dtype or x.dtype)
     return out, eight_like(out, torch.float8_e4m3fn, eight)
 
 
@@ -162,18 +189,18 @@ def _(
     recompute: bool,
     eight: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = x.new_empty(x.shape[0], x.shape[1] // 2) if recompute else x.new_empty(0)
-    return torch.empty_like(x), out, eight_like(x, torch.float8_e5m2, eight)
+    dx, dx8, out = _empty_gradients(grad, x, recompute, eight)
+    return dx, out, dx8
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, ctx.dropout_p, seed, _ = inputs
+    x, ctx.dropout_p, seed, *_ = inputs
     ctx.save_for_backward(x, seed)
 
 
 def _backward(ctx, grad, _):
     x, seed = ctx.saved_tensors
-    return geglu_backward(grad, x, ctx.dropout_p, seed, False)[0], None, None, None
+    return geglu_backward(grad, x, ctx.dropout_p, seed, False)[0], None, None, None, None
 
 
 geglu_forward.register_autograd(_backward, setup_context=_setup_context)
