@@ -68,7 +68,8 @@ def test_a_product_in_8_bits_is_clipped():
 )
 def test_fp8(changes, compiled, lengths, gate):
     on = batch(LENGTHS[lengths])
-    built = model(**{"hidden_dropout_prob": 0.0, "fp8_gate": gate, **changes})
+    switches = {"fp8_gate": gate, "recompute_geglu": gate}
+    built = model(**{"hidden_dropout_prob": 0.0, **switches, **changes})
     want, exact = reference(built, on)
     use_fp8(built, DEVICE)
     if compiled:

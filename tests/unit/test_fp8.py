@@ -72,11 +72,12 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("gate", [False, True], ids=["", "gate"])
+@pytest.mark.parametrize("anew", [False, True], ids=["", "anew"])
 @pytest.mark.parametrize(
     "changes", [{}, MODERN | {"zero_init_outputs": False}], ids=["post", "pre"]
 )
-def test_loss_and_gradients(changes, gate, interpreted, monkeypatch):
-    model, on = made(**changes, fp8_gate=gate), batch()
+def test_loss_and_gradients(changes, anew, gate, interpreted, monkeypatch):
+    model, on = made(**changes, fp8_gate=gate, recompute_geglu=anew), batch()
     exact = copy.deepcopy(model).double()
     exact.config.attention_backend = "reference"
     loss = exact.loss(on).loss_sum / on.num_targets
@@ -152,6 +153,19 @@ def test_eight_bits_are_those_of_16(interpreted):
         torch.randn(5, 64), None, total, weight, mean, rstd, False, 0.0, None, True
     )
     same(dx8, to_eight(dx, 1.0, torch.float8_e5m2))
+
+
+@pytest.mark.parametrize("changes", [{}, MODERN | {"zero_init_outputs": False}])
+def test_geglu_made_anew_changes_nothing(changes, interpreted, monkeypatch):
+    """In 16 bits too: the same numbers by another road."""
+    found = []
+    for anew in (False, True):
+        model = made(**changes | {"recompute_geglu": anew, "hidden_dropout_prob": 0.2})
+        torch.manual_seed(1)
+        loss = model.loss(batch()).loss_sum
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 def test_evaluation_is_not_in_fp8(interpreted):

@@ -104,7 +104,10 @@ def test_mosaic_bert_without_kernels(switches):
     check(MosaicBertForMaskedLM, mosaic(switches, "sdpa"), True, PLAIN, 4, 0.02)
 
 
-@pytest.mark.parametrize("switches", [SWITCHES[0], SWITCHES[2]], ids=str)
+ANEW = {"recompute_geglu": True}
+
+
+@pytest.mark.parametrize("switches", [SWITCHES[0], SWITCHES[2], ANEW, SWITCHES[3] | ANEW], ids=str)
 def test_mosaic_bert_with_kernels(switches, monkeypatch):
     in_the_interpreter(monkeypatch)
     check(MosaicBertForMaskedLM, mosaic(switches, "triton"), True, KERNELS, 2, 0.02)

@@ -132,6 +132,8 @@ class MosaicBertConfig(_BertShape):
     """Bound the MLM logits smoothly."""
     bigram_buckets: int = 0
     """Embed each token's pairs with its two neighbours, hashed into so many rows; 0: do not."""
+    recompute_geglu: bool = False
+    """Make GeGLU's output anew in the backward pass, where the kernels run: less memory."""
     fp8_gate: bool = False
     """With `precision: fp8`: what goes into GeGLU is computed and kept in 8 bits too."""
 
@@ -147,6 +149,10 @@ class MosaicBertConfig(_BertShape):
             raise ConfigError(f"attention_window: {self.attention_window} must be at least 0.")
         if self.bigram_buckets < 0:
             raise ConfigError(f"bigram_buckets: {self.bigram_buckets} must be at least 0.")
+        if self.recompute_geglu and self.feed_forward != "geglu":
+            raise ConfigError(
+                f"recompute_geglu: there is none in feed_forward: {self.feed_forward}."
+            )
         if self.position_encoding == "rope" and self.head_dim % 2:
             raise ConfigError(f"position_encoding 'rope': head size {self.head_dim} is odd.")
         if self.hidden_act != "gelu":

@@ -7,6 +7,7 @@ Tokens of all sequences lie one after another, `(total_nnz, hidden)`; sequence i
 # mypy: disable-error-code="no-any-return"
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ from mosaicbert.models.attention import (
 )
 from mosaicbert.models.configuration import MosaicBertConfig
 from mosaicbert.models.rotary import rotary_table, rotate
+
+Product = Callable[..., Tensor]
+"""`product(x, weight, bias=None)`, as `F.linear`."""
 
 
 class LayerNorm(nn.LayerNorm):
@@ -144,13 +148,30 @@ class MosaicBertMLP(nn.Module):
         self.wo = OutputLinear(inner, width)
         self.layernorm = LayerNorm(width, eps=config.layer_norm_eps)
         self.dropout = config.hidden_dropout_prob
+        self.recompute = config.recompute_geglu
 
-    def hidden(self, x: Tensor, fused: bool) -> Tensor:
-        """`(total_nnz, hidden)` -> `(total_nnz, intermediate)`, dropout included."""
+    def before_last(self, x: Tensor, fused: bool) -> tuple[Tensor, Product]:
+        """What `wo` takes, and the product that it is to take it by, from `x (total_nnz, hidden)`.
+
+        That is the activation `(total_nnz, intermediate)`, dropout included, or with `recompute`
+        its input, for a product that makes the activation itself, also on the way back.
+        """
         dropout_p = self.dropout if self.training else 0.0
-        if self.gated:
-            return geglu(self.gated_layers(x), dropout_p, fused)
-        return F.dropout(F.relu(self.wi(x)).square(), dropout_p)
+        if not self.gated:
+            return F.dropout(F.relu(self.wi(x)).square(), dropout_p), F.linear
+        wide = self.gated_layers(x)
+        if fused and self.recompute:
+            return wide, partial(_geglu_linear, dropout_p)
+        return geglu(wide, dropout_p, fused), F.linear
+
+
+def _geglu_linear(
+    dropout_p: float, x: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    from mosaicbert.models.kernels.geglu import geglu_linear
+
+    out = geglu_linear(x, weight, dropout_p, dropout_seed(dropout_p, x.device))
+    return out if bias is None else out + bias.to(out.dtype)
 
 
 def geglu(x: Tensor, dropout_p: float, fused: bool) -> Tensor:
@@ -215,10 +236,11 @@ class MosaicBertLayer(nn.Module):
         attended, x = take_rows(attended, rows), take_rows(x, rows)
         if self.pre_norm:
             x, normed = sum_and_norm(attended, x, output.dense, mlp.layernorm, dropout_p, fused)
-            return x + mlp.wo(mlp.hidden(normed, fused))
+            hidden, product = mlp.before_last(normed, fused)
+            return x + product(hidden, mlp.wo.weight, mlp.wo.bias)
         x, residual = add_norm(attended, x, output.dense, output.LayerNorm, dropout_p, fused)
-        hidden = mlp.hidden(x, fused)
-        (x,) = add_norm(hidden, residual, mlp.wo, mlp.layernorm, 0.0, fused, times=1)
+        hidden, product = mlp.before_last(x, fused)
+        (x,) = add_norm(hidden, residual, mlp.wo, mlp.layernorm, 0.0, fused, 1, product)
         return x
 
 
@@ -230,8 +252,9 @@ def add_norm(
     dropout_p: float,
     fused: bool,
     times: int = 2,
+    product: Product = F.linear,
 ) -> tuple[Tensor, ...]:
-    """`norm(residual + dropout(dense(x)))`, so many times.
+    """`norm(residual + dropout(dense(x)))`, so many times; `product` stands in for `F.linear`.
 
     What reads the one and what reads the other have gradients of their own, which the fused
     LayerNorm adds in passing.
@@ -240,7 +263,7 @@ def add_norm(
         from mosaicbert.models.kernels.layernorm import residual_layer_norm
 
         return residual_layer_norm(
-            F.linear(x, dense.weight),
+            product(x, dense.weight),
             residual,
             norm.weight,
             norm.bias,

@@ -9,6 +9,7 @@ writes the gradient that the product takes. Weights are scaled by their largest 
 `fp8_gate` in the model's configuration, what goes into the gated unit is in 8 bits alone.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -139,13 +140,34 @@ class _QkvAttention(torch.autograd.Function):
         return (dx, *(None,) * 6, dweight, dbias, *(None,) * 5)
 
 
+NO_GATE = (None, 0.0, None)
+"""In the place of a gated unit's input, its dropout and the seed of that: keep `x` itself."""
+
+
+def _save(ctx: Any, x: Tensor, gate: Sequence[Any], *others: Tensor | None) -> None:
+    """Keep `x` for the backward pass, or what makes it anew, and others."""
+    wide, ctx.gate_dropout_p, gate_seed = gate
+    ctx.has_gate, ctx.dtype = wide is not None, x.dtype
+    ctx.save_for_backward(x if wide is None else wide, gate_seed, *others)
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...]:
+    """The same again: `x` and the others."""
+    x, gate_seed, *others = ctx.saved_tensors
+    if ctx.has_gate:
+        x, _ = geglu_forward(x, ctx.gate_dropout_p, gate_seed, False, ctx.dtype)
+    return x, *others
+
+
 class _LinearGeglu(torch.autograd.Function):
+    """Also gives out what went into the gated unit."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, x8: Tensor, x_scale: Tensor, one: Tensor, w8: Tensor, w8t: Tensor,
         w_scale: Tensor, weight: Tensor, wide_scale: Tensor | None, dropout_p: float,
         seed: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         if wide_scale is None:
             wide = _product(x8, w8, x_scale, w_scale, x.dtype)
         else:
@@ -153,8 +175,8 @@ class _LinearGeglu(torch.autograd.Function):
         out, out8 = geglu_forward(wide, dropout_p, seed, True, x.dtype)
         ctx.dropout_p = dropout_p
         ctx.save_for_backward(x, weight, w8t, w_scale, one, wide, seed)
-        ctx.mark_non_differentiable(out8)
-        return out, out8
+        ctx.mark_non_differentiable(out8, wide)
+        return out, out8, wide
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Grads:
@@ -172,15 +194,16 @@ class _LinearNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, x8: Tensor, x_scale: Tensor, one: Tensor, w8: Tensor, w8t: Tensor,
         w_scale: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor,
         norm_bias: Tensor, eps: float, dropout_p: float, seed: Tensor | None, times: int,
+        *gate: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         projected = _product(x8, w8, x_scale, w_scale, residual.dtype)
         out, mean, rstd, out8 = layer_norm_forward(
             projected, residual, norm_weight, norm_bias, bias, eps, dropout_p, seed, True
         )
         ctx.dropout_p = dropout_p
-        ctx.save_for_backward(
-            x, weight, bias, w8t, w_scale, one, projected, residual, norm_weight, norm_bias, mean,
-            rstd, seed,
+        _save(
+            ctx, x, gate, weight, bias, w8t, w_scale, one, projected, residual, norm_weight,
+            norm_bias, mean, rstd, seed,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(out8)
@@ -189,7 +212,7 @@ class _LinearNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
         (x, weight, bias, w8t, w_scale, one, projected, residual, norm_weight, norm_bias, mean,
-         rstd, seed) = ctx.saved_tensors  # fmt: skip
+         rstd, seed) = _saved(ctx)  # fmt: skip
         first, *others = [grad for grad in grads[:-1] if grad is not None]
         dprojected, dresidual, sums, dprojected8 = layer_norm_backward(
             first, others[0] if others else None, projected, residual, norm_weight, bias, mean,
@@ -200,7 +223,7 @@ class _LinearNorm(torch.autograd.Function):
         dweight = _weight_gradient(dprojected, x, weight)
         dnorm = sums[0].to(norm_weight.dtype), sums[1].to(norm_bias.dtype)
         dbias = sums[2].to(bias.dtype)
-        return (dx, *(None,) * 6, dweight, dbias, dresidual, *dnorm, *(None,) * 4)
+        return (dx, *(None,) * 6, dweight, dbias, dresidual, *dnorm, *(None,) * 7)
 
 
 class _LinearSumNorm(torch.autograd.Function):
@@ -269,18 +292,18 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, x8: Tensor, x_scale: Tensor, one: Tensor, w8: Tensor, w8t: Tensor,
-        w_scale: Tensor, weight: Tensor, bias: Tensor,
+        w_scale: Tensor, weight: Tensor, bias: Tensor, *gate: Any,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, w8t, w_scale, one)
+        _save(ctx, x, gate, weight, bias, w8t, w_scale, one)
         return _product(x8, w8, x_scale, w_scale, x.dtype, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Grads:
-        x, weight, bias, w8t, w_scale, one = ctx.saved_tensors
+        x, weight, bias, w8t, w_scale, one = _saved(ctx)
         (grad,) = grads
         dx = _product(to_eight(grad, 1.0, torch.float8_e5m2), w8t, one, w_scale, x.dtype)
         dbias = grad.sum(0, dtype=torch.float32).to(bias.dtype)
-        return (dx, *(None,) * 6, _weight_gradient(grad, x, weight), dbias)
+        return (dx, *(None,) * 6, _weight_gradient(grad, x, weight), dbias, *(None,) * 3)
 
 
 # --- layers ---------------------------------------------------------------------------------------
@@ -316,12 +339,13 @@ def _behind_post_norm(
     dropout_p = layer.dropout if layer.training else 0.0
     x, residual, x8 = _add_norm(
         _LinearNorm, x, x8, scales.normed, scales, output.dense, residual, output.LayerNorm,
-        dropout_p, 2,
+        dropout_p, 2, *NO_GATE,
     )  # fmt: skip
-    hidden, hidden8 = _gated(mlp, x, x8, scales)
+    hidden, hidden8, gate = _gated(mlp, x, x8, scales)
     x, x8 = _add_norm(
-        _LinearNorm, hidden, hidden8, scales.gated, scales, mlp.wo, residual, mlp.layernorm, 0.0, 1
-    )
+        _LinearNorm, hidden, hidden8, scales.gated, scales, mlp.wo, residual, mlp.layernorm, 0.0, 1,
+        *gate,
+    )  # fmt: skip
     return x, x8
 
 
@@ -334,32 +358,34 @@ def _behind_pre_norm(
         _LinearSumNorm, x, x8, scales.normed, scales, output.dense, residual, mlp.layernorm,
         dropout_p,
     )  # fmt: skip
-    hidden, hidden8 = _gated(mlp, normed, normed8, scales)
+    hidden, hidden8, gate = _gated(mlp, normed, normed8, scales)
     added = _apply(
         _Linear, hidden, hidden8, scales.gated, scales.gradient, *_quantized(mlp.wo.weight),
-        mlp.wo.weight, mlp.wo.bias,
+        mlp.wo.weight, mlp.wo.bias, *gate,
     )  # fmt: skip
     return residual + added, None
 
 
-def _gated(mlp: Any, x: Tensor, x8: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
+def _gated(mlp: Any, x: Tensor, x8: Tensor, scales: Scales) -> tuple[Tensor, Tensor, Sequence[Any]]:
+    """The gated unit's output, its 8-bit copy, and what is to make it anew."""
     dropout_p = mlp.dropout if mlp.training else 0.0
     weight = mlp.gated_layers.weight
-    out, out8 = _apply(
+    seed = dropout_seed(dropout_p, x.device)
+    out, out8, wide = _apply(
         _LinearGeglu, x, x8, scales.normed, scales.gradient, *_quantized(weight), weight,
-        scales.wide, dropout_p, dropout_seed(dropout_p, x.device),
+        scales.wide, dropout_p, seed,
     )  # fmt: skip
-    return out, out8
+    return out, out8, (wide, dropout_p, seed) if mlp.recompute else NO_GATE
 
 
 def _add_norm(
     function: Any, x: Tensor, x8: Tensor, x_scale: Tensor, scales: Scales, dense: nn.Linear,
-    residual: Tensor, norm: nn.LayerNorm, dropout_p: float, *times: int,
+    residual: Tensor, norm: nn.LayerNorm, dropout_p: float, *others: Any,
 ) -> Any:  # fmt: skip
     return _apply(
         function, x, x8, x_scale, scales.gradient, *_quantized(dense.weight), dense.weight,
         dense.bias, residual, norm.weight, norm.bias, norm.eps, dropout_p,
-        dropout_seed(dropout_p, x.device), *times,
+        dropout_seed(dropout_p, x.device), *others,
     )  # fmt: skip
 
 

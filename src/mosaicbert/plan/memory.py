@@ -99,15 +99,15 @@ def _mosaic(config: Any, path: Path) -> Activations:
     elif config.pre_norm:
         row = 2 * width  # input and output of the second norm
         token += width  # and the output of the first
-        masks += dropout * width
+        masks += (dropout and not path.kernels) * width
     else:
         row = 3 * width  # inputs of both norms, output of the first
         masks += dropout * width
     if config.feed_forward == "relu2":
         row += 2 * inner
         masks += dropout * inner
-    elif path.kernels:
-        row += 3 * inner  # both halves, and their product with dropout
+    elif path.kernels:  # both halves, and their product with dropout
+        row += (2 if config.recompute_geglu else 3) * inner
     else:
         row += 4 * inner  # also GELU's output
         masks += dropout * inner
