@@ -8,8 +8,11 @@ log copied and cut off every minute as logrotate does it. Every few seconds the 
 processes is looked at: memory (proportional set size), file handles, threads, CPU time, files.
 
 The record has 300 looks or so, and for each series the medians of the first and the last tenth
-(after a tenth for warming up). Throughput counts tokens for each CPU second, since others may use
-the machine; tokens for each second are beside it.
+(after a tenth for warming up). Throughput counts tokens for each CPU second, and only while the
+training had nearly all the processors that it had at its best: others may use the machine, and what
+shares caches and waits for threads slows a CPU second down too. Both series, whole, are beside it.
+
+    python benchmarks/soak.py --read FILE.json [--picture FILE.png]    prints and draws a record
 """
 
 import argparse
@@ -155,11 +158,18 @@ def rates(looks: list[Look], window: int = 12) -> list[Look]:
             found.append(
                 {
                     "seconds": after["seconds"],
+                    "processors": cpu / wall,
                     "tokens_per_second": tokens / wall,
                     "tokens_per_cpu_second": tokens / cpu,
                 }
             )
     return found
+
+
+def undisturbed(speed: list[Look]) -> list[Look]:
+    """The windows in which the training had at least 95 % of the processors it had at its best."""
+    most = max(row["processors"] for row in speed)
+    return [row for row in speed if row["processors"] >= 0.95 * most]
 
 
 def ends(series: list[Look], key: str) -> dict[str, float]:
@@ -176,15 +186,18 @@ def draw(looks: list[Look], speed: list[Look], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 7.2), layout="constrained")
+    quiet = undisturbed(speed)
     panels = [
         (looks, "memory_mb", "memory, MB"),
         (looks, "file_handles", "file handles"),
         (looks, "threads", "threads"),
         (looks, "files", "files on the disk"),
-        (speed, "tokens_per_cpu_second", "tokens a CPU second"),
+        (quiet, "tokens_per_cpu_second", "tokens a CPU second,\nundisturbed"),
     ]
     for axes, (series, key, label) in zip(figure.subplots(5, 1, sharex=True), panels, strict=True):
-        axes.plot([r["seconds"] / 60 for r in series], [r[key] for r in series], linewidth=0.8)
+        style = "." if series is quiet else "-"
+        minutes = [r["seconds"] / 60 for r in series]
+        axes.plot(minutes, [r[key] for r in series], style, linewidth=0.8)
         axes.set_ylim(bottom=0)
         axes.set_ylabel(label, fontsize=8)
         axes.grid(alpha=0.3)
@@ -193,15 +206,41 @@ def draw(looks: list[Look], speed: list[Look], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def flatness(looks: list[Look], speed: list[Look]) -> dict[str, Any]:
+    """First and last of every series; `undisturbed` has its share of the windows too."""
+    quiet, rate = undisturbed(speed), "tokens_per_cpu_second"
+    return {
+        **{k: ends(looks, k) for k in ("memory_mb", "file_handles", "threads", "files")},
+        **{k: ends(speed, k) for k in ("tokens_per_second", rate)},
+        "undisturbed": ends(quiet, rate) | {"windows": len(quiet), "of": len(speed)},
+    }
+
+
+def read(record: Path, picture: Path | None) -> int:
+    """Print how flat a record's series are, from its raw looks, and draw them."""
+    content = json.loads(record.read_text())
+    looks = [dict(zip(content["looks_columns"], row, strict=True)) for row in content["looks"]]
+    speed = rates(looks, window=4)
+    print(json.dumps(flatness(looks, speed), indent=1))
+    if picture:
+        draw(looks, speed, picture)
+    return 0
+
+
 def main() -> int:
     """Make the data, train, watch, and write what was seen."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="empty folder to work in")
+    parser.add_argument("folder", type=Path, nargs="?", help="empty folder to work in")
+    parser.add_argument("--read", type=Path, help="an earlier record in place of a training")
     parser.add_argument("--seconds", type=int, default=7200, help="length of the training")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks")
     parser.add_argument("--record", type=Path, help="JSON to write")
     parser.add_argument("--picture", type=Path, help="PNG to write")
     args = parser.parse_args()
+    if args.read:
+        return read(args.read, args.picture)
+    if args.folder is None:
+        parser.error("name an empty folder to work in")
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     words = ["convert", "--dataset", "sample", "--splits", "train", "val", "--quiet"]
@@ -233,10 +272,7 @@ def main() -> int:
         "epochs": rows[-1]["epoch"],
         "loss": {"first": losses[0], "last": losses[-1]},
         "temporary_files_left": [str(path.relative_to(folder)) for path in left],
-        "flat": {
-            **{k: ends(training, k) for k in ("memory_mb", "file_handles", "threads", "files")},
-            **{k: ends(speed, k) for k in ("tokens_per_second", "tokens_per_cpu_second")},
-        },
+        "flat": flatness(training, speed),
         "looks": [
             [row[key] for key in training[0]] for row in training[:: len(training) // 300 + 1]
         ],

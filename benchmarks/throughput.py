@@ -63,6 +63,7 @@ class Row:
 
 
 PLAIN = {"hidden_dropout_prob": 0.0}
+GATE, ANEW = {"fp8_gate": True}, {"recompute_geglu": True}
 ROWS = {
     "hf eager 128": Row("hf_bert", 128, compile=False, mlm=0.15),
     "hf eager 512": Row("hf_bert", 512, compile=False, mlm=0.15),
@@ -81,6 +82,10 @@ ROWS = {
     "mosaic 512 flex": Row("mosaic_bert", 512, changes={"attention_backend": "flex"}),
     "mosaic 512 sdpa": Row("mosaic_bert", 512, changes={"attention_backend": "sdpa"}),
     "mosaic 512 fp8": Row("mosaic_bert", 512, precision="fp8"),
+    "mosaic 512 fp8 gate": Row("mosaic_bert", 512, precision="fp8", changes=GATE),
+    "mosaic 512 fp8 anew": Row("mosaic_bert", 512, precision="fp8", changes=ANEW),
+    "mosaic 512 fp8 gate anew": Row("mosaic_bert", 512, precision="fp8", changes=GATE | ANEW),
+    "mosaic 512 anew": Row("mosaic_bert", 512, changes=ANEW),
     "mosaic 1024 fp8": Row("mosaic_bert", 1024, precision="fp8"),
     "v2 512": Row("mosaic_bert_v2", 512),
     "v2 512 fp8": Row("mosaic_bert_v2", 512, precision="fp8"),
