@@ -97,6 +97,12 @@ ROWS = {
     "mosaic seq 2048": Row("mosaic_bert", 32, seq=2048),
     "mosaic seq 2048 fp8": Row("mosaic_bert", 32, seq=2048, precision="fp8"),
     "hf compiled seq 512": Row("hf_bert", 64, seq=512, mlm=0.15),
+    # For CPUs: `--device cpu --batch 8 --rows '^cpu'`
+    "cpu hf eager 8": Row("hf_bert", 8, compile=False, mlm=0.15),
+    "cpu hf compiled 8": Row("hf_bert", 8, mlm=0.15),
+    "cpu mosaic eager 8": Row("mosaic_bert", 8, compile=False, mlm=0.15),
+    "cpu mosaic compiled 8": Row("mosaic_bert", 8, mlm=0.15),
+    "cpu v2 eager 8": Row("mosaic_bert_v2", 8, compile=False),
 }
 CONFIG = {
     "max_duration": "1ba",
