@@ -295,8 +295,8 @@ class _Tracker(ModuleType):
     def init(self, project=None, name=None, config=None, **more):
         return self._take(project, name, config, more)
 
-    def start(self, api_key=None, project_name=None, experiment_config=None):
-        return self._take(project_name)
+    def start(self, api_key=None, project_name=None, experiment_key=None, experiment_config=None):
+        return self._take(project_name, experiment_key)
 
     def __getattr__(self, name):
         if name.startswith("__"):
