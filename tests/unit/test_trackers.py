@@ -120,7 +120,10 @@ def test_mlflow(named, tmp_path, caplog, monkeypatch):
     assert [m.step for m in history] == [1, 2, 3, 3, 4]
     assert found.info.status == "FINISHED"
     client.delete_run(found.info.run_id)
-    run({"mlflow": settings}, tmp_path, batches=(5,))  # and where it is gone, with a new one
+    with caplog.at_level("INFO", logger="mosaicbert"):
+        run({"mlflow": settings}, tmp_path, batches=(5,))  # and where it is gone, with a new one
+    assert f"run {found.info.run_id} cannot go on, a new one is opened" in caplog.text
+    caplog.clear()
     (other,) = client.search_runs([experiment.experiment_id])
     assert other.info.run_id != found.info.run_id
     run({"mlflow": settings}, tmp_path)  # the same folder from the start: a new one

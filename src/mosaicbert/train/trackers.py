@@ -6,6 +6,7 @@ thread with the progress at its first row; settings are checked before, in the m
 
 import importlib
 import inspect
+import logging
 import os
 import time
 import uuid
@@ -20,6 +21,8 @@ from mosaicbert.config.sections import LoggersConfig
 from mosaicbert.duration import Progress
 from mosaicbert.errors import ConfigError, did_you_mean
 from mosaicbert.train.record import Logger
+
+log = logging.getLogger(__name__)
 
 Settings = dict[str, Any]
 
@@ -195,7 +198,9 @@ def _mlflow_run_of_before(client: Any, run: Run, start: Progress) -> str | None:
     run_id = path.read_text()
     try:
         client.update_run(run_id, status="RUNNING")
-    except Exception:  # deleted, or of another server; MLflow raises what its stores raise
+    except Exception as error:  # deleted, or of another server; its stores raise every kind
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        log.info("MLflow: run %s cannot go on, a new one is opened: %s", run_id, reason)
         return None
     return run_id
 
