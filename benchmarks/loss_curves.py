@@ -5,9 +5,10 @@
         [--commit HASH] [--tiny]
 
 Arms: `bf16`, with our kernels; `bf16 other seed`, which starts from other weights and shows what
-noise is; `plain`, without any kernel of ours (torch's attention, norms and gates); `fp8`. All see
-the same batches with the same masks. Printed is each arm's mean loss over tenths of the run, and
-its largest difference there from the first arm.
+noise is; `plain`, without any kernel of ours (torch's attention, norms and gates); `fp8`; and
+`fp8 gate`, which keeps GeGLU's input in 8 bits too. All see the same batches with the same masks.
+Printed is each arm's mean loss over tenths of the run, and its largest difference there from the
+first arm.
 """
 
 import argparse
@@ -30,6 +31,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "bf16 other seed": ("seed=18", "train_loader.dataset.shuffle_seed=17"),
     "plain": (),
     "fp8": ("precision=fp8",),
+    "fp8 gate": ("precision=fp8", "model.model_config.fp8_gate=true"),
 }
 TINY = (
     "model.model_config.hidden_size=64",

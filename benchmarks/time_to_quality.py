@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_quality.py --data FOLDER --budget 60 [--recipes REGEX] [--seeds 17,18]
         [--also "NAME = RECIPE key=value ..."] [--override key=value] [--evals 10] [--limit SECONDS]
-        [--target LOSS] [--compare A B] [--keep FOLDER [--glue FOLDER]] [--add RECORD ...]
+        [--target LOSS] [--compare A B] [--keep FOLDER [--glue FOLDER [--mps]]] [--add RECORD ...]
         [--out benchmarks/records/NAME.json] [--picture NAME.png] [--commit HASH] [--tiny]
 
 Each run goes through `mosaicbert.pretrain`, with its loaders, for `--budget` seconds of training:
@@ -263,19 +263,27 @@ def _release() -> None:
         torch.cuda.empty_cache()
 
 
-def fine_tune(run: dict[str, Any], checkpoints: Path, data: Path, tiny: bool) -> dict[str, Any]:
-    """GLUE of a run's checkpoint: the complete tasks, by the published settings, one seed."""
+def fine_tune(
+    run: dict[str, Any], checkpoints: Path, data: Path, tiny: bool, mps: bool = False
+) -> dict[str, Any]:
+    """GLUE of a run's checkpoint: the complete tasks, by the published settings, one seed.
+
+    In bf16 where the run was in fp8, so that models of both kinds compare.
+    """
     began, folder = time.monotonic(), checkpoints.with_suffix(".glue")
     config = run["config"]
     kwargs: dict[str, Any] = {"save_num_checkpoints_to_keep": 0}
     if tiny:
         kwargs |= {"max_duration": "2ba"}
     names = ("precision", "device", "tokenizer_name", "algorithms")
+    if config.get("precision") == "fp8":
+        config = config | {"precision": "amp_bf16"}
     suite = {
         "base_run_name": "glue",
         "data_dir": str(data),
         "parallel": True,
         "jobs_per_gpu": "auto",
+        "cuda_mps": mps,
         "model": config["model"],
         "starting_checkpoint_load_path": str(checkpoints),
         "run_folder": str(folder),
@@ -349,6 +357,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with train/ and val/")
     parser.add_argument("--keep", type=Path, help="folder to leave the runs' checkpoints in")
     parser.add_argument("--glue", type=Path, help="folder of GLUE: fine-tune what --keep holds")
+    parser.add_argument("--mps", action="store_true", help="with --glue: cuda_mps")
     parser.add_argument("--target", type=float, action="append", default=[], help="a loss")
     parser.add_argument("--compare", nargs=2, action="append", default=[], metavar=("A", "B"))
     parser.add_argument("--add", type=Path, nargs="*", default=[], help="records of earlier runs")
@@ -396,7 +405,7 @@ def main() -> int:
     for run in whole if args.glue else []:
         checkpoints = checkpoints_of(run, args.keep)
         if "glue" not in run and checkpoints.exists():
-            run["glue"] = fine_tune(run, checkpoints, args.glue, args.tiny)
+            run["glue"] = fine_tune(run, checkpoints, args.glue, args.tiny, args.mps)
             write(args, runs, environment)
     log("\n" + table(runs))
     for loss in args.target:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 
 from mosaicbert.config.sections import AlgorithmsConfig, ModelConfig
 from mosaicbert.errors import ConfigError
@@ -257,6 +258,7 @@ def compile_model(model: nn.Module) -> None:
     # As symbols, like sizes, floats (a norm's eps) have each graph traced twice: they never change.
     torch._dynamo.config.specialize_float = True
     _cache_whole_graphs()
+    _cache_kernels_beside_graphs()
     trained: Any = model
     if not isinstance(model, MosaicBertPreTrainedModel):
         trained._compiled_call_impl = _compiled(model._call_impl, model, dynamic=False)
@@ -290,6 +292,17 @@ def _cache_whole_graphs() -> None:
     safe = [f"torch.amp.autocast_mode.{name}" for name in ("_enter_autocast", "_exit_autocast")]
     known = torch._inductor.config.unsafe_marked_cacheable_functions
     torch._inductor.config.unsafe_marked_cacheable_functions = known | dict.fromkeys(safe, code)
+
+
+def _cache_kernels_beside_graphs() -> None:
+    """Have our kernels kept where inductor keeps its own, in the first process and in later ones.
+
+    Inductor moves Triton's cache there when it compiles. A process that finds its graphs compiled
+    does not, and would look for our kernels, which a process before it left there, elsewhere.
+    """
+    if torch.cuda.is_available():
+        folder = triton_cache_dir(torch.cuda.current_device())
+        os.environ.setdefault("TRITON_CACHE_DIR", folder)
 
 
 def _asks_for_sdpa(config: Any) -> bool:

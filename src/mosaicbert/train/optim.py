@@ -6,8 +6,8 @@ schedule scales.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,17 @@ class StableAdamW(torch.optim.Optimizer):
         return state
 
 
+class _Matrix(NamedTuple):
+    """A weight for Muon, or one of those stacked in it."""
+
+    weight: Tensor  # (rows, cols), as the next two
+    grad: Tensor
+    mean: Tensor  # of the gradients
+    share: float | None  # of the mean beside the gradient; None: the mean alone
+    rate: float
+    decay: float  # of the weights that the update makes smaller
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal, for matrices; another optimizer for the rest.
 
@@ -152,9 +163,9 @@ class Muon(torch.optim.Optimizer):
     semi-orthogonal matrix and scaled by `sqrt(max(1, rows / cols))`; weight decay is decoupled and
     scaled by the learning rate, and with `cautious_decay` leaves out the weights that the update
     makes larger (Chen et al., 2025, arXiv:2510.12402). Matrices of one shape, of all layers and
-    groups' parts, go through one batched iteration; wide ones are transposed and join the tall
-    ones. A weight that stacks q, k and v (or the two halves of a gated unit) counts as that many
-    matrices. With `ranks`, each iterates over its share of them.
+    groups' parts, go through one batched iteration. A weight that stacks q, k and v (or the two
+    halves of a gated unit) counts as that many matrices. With `ranks`, each iterates over its share
+    of them.
     """
 
     def __init__(
@@ -174,58 +185,72 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of all parameters that have a gradient."""
         assert closure is None, "closures are not supported"
-        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, float, float]]] = {}
+        by_shape: dict[torch.Size, list[_Matrix]] = {}
         for group in self.param_groups:
-            if "num_matrices" not in group:
-                continue
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            decay = group["lr"] * group["weight_decay"]
-            if not group.get("cautious_decay"):  # checkpoints of before have no such key
-                torch._foreach_mul_(params, 1 - decay)
-                decay = 0.0
-            for p, update in zip(params, self._momentum(params, group), strict=True):
-                rows, cols = p.shape[0] // group["num_matrices"], p.shape[1]
-                rate = -group["lr"] * math.sqrt(max(1.0, rows / cols))
-                tall = rows >= cols
-                for weight, part in zip(
-                    torch.split(p, rows), torch.split(update, rows), strict=True
-                ):
-                    weight, part = (weight, part) if tall else (weight.mT, part.mT)
-                    by_shape.setdefault(weight.shape, []).append((weight, part, rate, decay))
+            if "num_matrices" in group:
+                for matrix in self._matrices(group):
+                    by_shape.setdefault(matrix.weight.shape, []).append(matrix)
         for members in by_shape.values():
-            updates = self._orthogonalized([part for _, part, _, _ in members])
-            for (weight, _, rate, decay), update in zip(members, updates, strict=True):
+            updates = self._orthogonalized(members)
+            for (weight, *_, rate, decay), update in zip(members, updates, strict=True):
                 if decay:
                     weight.sub_(weight * (update * weight > 0), alpha=decay)
                 weight.add_(update, alpha=rate)  # cast in passing
         if self.rest is not None:
             self.rest.step()
 
-    def _orthogonalized(self, parts: list[Tensor]) -> Tensor:
-        """Each rank takes its share of the matrices; all get all."""
-        world_size = self.ranks.world_size if self.ranks else 1
-        if self.ranks is None or world_size == 1:
-            return orthogonalize(torch.stack(parts))
-        share = -(-len(parts) // world_size)
-        first = min(self.ranks.rank * share, len(parts) - 1)
-        mine = orthogonalize(torch.stack(parts[first : first + share]))
-        if len(mine) < share:  # the last ranks may have less, or nothing of use
-            mine = torch.cat([mine, mine.new_zeros(share - len(mine), *mine.shape[1:])])
-        return self.ranks.gather_(mine)[: len(parts)]
-
-    def _momentum(self, params: list[nn.Parameter], group: dict[str, Any]) -> Sequence[Tensor]:
+    def _matrices(self, group: dict[str, Any]) -> Iterator[_Matrix]:
+        """Those of a group, their momentum and, where it is not cautious, their decay done."""
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            return
         grads = [p.grad for p in params if p.grad is not None]
-        buffers = []
         for p in params:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers.append(self.state[p]["momentum_buffer"])
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        if not group["nesterov"]:
-            return buffers
-        return torch._foreach_lerp(grads, buffers, group["momentum"])
+        means = [self.state[p]["momentum_buffer"] for p in params]
+        momentum = group["momentum"]
+        torch._foreach_lerp_(means, grads, 1 - momentum)
+        decay = group["lr"] * group["weight_decay"]
+        if not group.get("cautious_decay"):  # checkpoints of before have no such key
+            torch._foreach_mul_(params, 1 - decay)
+            decay = 0.0
+        # Nesterov's momentum times a constant, which the iteration divides by the norm
+        share = momentum / (1 - momentum) if group["nesterov"] else None
+        for p, grad, mean in zip(params, grads, means, strict=True):
+            rows, cols = p.shape[0] // group["num_matrices"], p.shape[1]
+            rate = -group["lr"] * math.sqrt(max(1.0, rows / cols))
+            parts = (torch.split(tensor, rows) for tensor in (p, grad, mean))
+            for weight, own_grad, own_mean in zip(*parts, strict=True):
+                yield _Matrix(weight, own_grad, own_mean, share, rate, decay)
+
+    def _orthogonalized(self, members: list[_Matrix]) -> Tensor:
+        """Each rank takes its share of the matrices; all get all."""
+        world_size = self.ranks.world_size if self.ranks else 1
+        if self.ranks is None or world_size == 1:
+            return orthogonalize(_directions(members))
+        share = -(-len(members) // world_size)
+        first = min(self.ranks.rank * share, len(members) - 1)
+        mine = orthogonalize(_directions(members[first : first + share]))
+        if len(mine) < share:  # the last ranks may have less, or nothing of use
+            mine = torch.cat([mine, mine.new_zeros(share - len(mine), *mine.shape[1:])])
+        return self.ranks.gather_(mine)[: len(members)]
+
+
+def _directions(members: Sequence[_Matrix]) -> Tensor:
+    """The updates before they are made orthogonal: `(len(members), rows, cols)`.
+
+    Written at once in the type of the iteration: memory traffic is what they cost.
+    """
+    weight = members[0].weight
+    dtype = torch.float32 if weight.device.type == "cpu" else torch.bfloat16
+    stacked = weight.new_empty(len(members), *weight.shape, dtype=dtype)
+    for target, matrix in zip(stacked, members, strict=True):
+        if matrix.share is None:
+            target.copy_(matrix.mean)
+        else:
+            torch.add(matrix.grad, matrix.mean, alpha=matrix.share, out=target)
+    return stacked
 
 
 def orthogonalize(matrices: Tensor, num_iterations: int = 5) -> Tensor:
@@ -235,14 +260,16 @@ def orthogonalize(matrices: Tensor, num_iterations: int = 5) -> Tensor:
     0.7 to 1.2. That needs no precision: bfloat16, but float32 on a CPU, which multiplies it faster.
 
     Args:
-        matrices: `(batch, rows, cols)` with rows >= cols.
+        matrices: `(batch, rows, cols)`.
         num_iterations: five suffice for the spectra of gradients.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
+    wide = x.shape[-2] < x.shape[-1]
     for _ in range(num_iterations):
-        gram = x.mT @ x  # (batch, cols, cols)
+        gram = x @ x.mT if wide else x.mT @ x  # of the smaller size
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, x, polynomial, beta=a)
+        factors = (polynomial, x) if wide else (x, polynomial)
+        x = torch.baddbmm(x, *factors, beta=a)
     return x
