@@ -204,17 +204,18 @@ def naming_model(settings: ModelConfig) -> Iterator[None]:
         with naming(f"model.{named}"):
             yield
     except ConfigError as error:
-        found = _WRONG_KIND.search(str(error))
-        if found is None:
+        found = _WRONG_KIND.findall(str(error))
+        if not found:
             raise
-        key, kinds, value = found.groups()
+        key, _, value = found[0]
+        kinds = " or ".join("null" if kind == "NoneType" else kind for _, kind, _ in found)
         raise ConfigError(
             f"model.model_config.{key}: {value} is not allowed: must be of the kind {kinds}."
         ) from None
 
 
-_WRONG_KIND = re.compile(r"Field '(\w+)' expected (.+?), got .*?\(value: (.*)\)")
-"""What transformers says of a configuration's value."""
+_WRONG_KIND = re.compile(r"Field '(\w+)' expected (\w+), got \w+ \(value: (.*?)\)(?:; |$)")
+"""What transformers says of a configuration's value, once for each kind that it may have."""
 
 
 def print_result(result: TrainResult, title: str) -> None:

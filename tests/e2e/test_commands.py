@@ -136,6 +136,10 @@ MAIN = str(ROOT / "yamls/test/main.yaml")
             ["pretrain", MAIN, "model.model_config.num_hidden_layers=two"],
             "model.model_config.num_hidden_layers: 'two' is not allowed: must be of the kind int",
         ),
+        (
+            ["pretrain", MAIN, "model.name=mosaic_bert", "model.model_config.attention_window=1.5"],
+            "model_config.attention_window: 1.5 is not allowed: must be of the kind int or null",
+        ),
         (["pretrain", MAIN, "load_path=nothing-here"], "nothing-here"),
         (
             ["pretrain", MAIN, "model.pretrained_checkpoint=gone.pt"],

@@ -27,7 +27,7 @@ SWITCHES = [
     {"feed_forward": "relu2"},
     {"unet_skips": True},
     {"value_skips": True},
-    {"logit_softcap": 5.0},
+    {"logit_softcap": 5},
     {"attention_window": 1},
     {"bigram_buckets": 11},
     {

@@ -118,7 +118,7 @@ class MosaicBertConfig(_BertShape):
     """RMSNorm of queries and keys."""
     position_encoding: str = "alibi"
     """`alibi` or `rope`."""
-    rope_theta: float = 10_000.0
+    rope_theta: float | int = 10_000.0
     """`rope`: base of the wavelengths."""
     feed_forward: str = "geglu"
     """`geglu` or `relu2`."""
@@ -128,7 +128,7 @@ class MosaicBertConfig(_BertShape):
     """Layers of the first half feed those of the second, mirrored."""
     value_skips: bool = False
     """Mix the first layer's attention values into each later layer's."""
-    logit_softcap: float | None = None
+    logit_softcap: float | int | None = None
     """Bound the MLM logits smoothly."""
     bigram_buckets: int = 0
     """Embed each token's pairs with its two neighbours, hashed into so many rows; 0: do not."""
