@@ -5,7 +5,7 @@
                                    with random weights
         [--model mosaic_bert]      what our side trains; hf_bert is the same model as the Trainer's
         [--tasks mnli rte] [--seeds 2] [--epochs 1] [--max_batches 200]    less work, for both
-        [--jobs_per_gpu 8] [--mps] [--setting auto] [--probe 60] [--limit SECONDS]
+        [--jobs_per_gpu 8] [--no_mps] [--setting auto] [--probe 60] [--limit SECONDS]
         [--arms ours trainer]
         [--device cpu --tiny]      a rehearsal
 
@@ -62,7 +62,7 @@ def write_yaml(args: argparse.Namespace, checkpoint: Path) -> Path:
         "run_folder": str(args.work / "ours"),
         "parallel": True,
         "jobs_per_gpu": args.jobs_per_gpu,
-        "cuda_mps": args.mps,
+        "cuda_mps": not args.no_mps,
         "device": args.device,
         "precision": "fp32" if args.device == "cpu" else "amp_bf16",
         "compile": args.compile,
@@ -196,7 +196,8 @@ def main() -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     if (args.work / "glue.yaml").exists():
         raise SystemExit(f"--work {args.work} holds another run: name an empty folder.")
-    if args.checkpoint is None:
+    is_random = args.checkpoint is None
+    if is_random:
         args.checkpoint = make_checkpoint(args.work / "checkpoint", args.tiny)
     write_yaml(args, args.checkpoint)
     record: dict[str, Any] = {
@@ -207,9 +208,9 @@ def main() -> int:
             **{name: version(name) for name in ("torch", "transformers", "accelerate")},
         },
         "commit": args.commit,
-        "checkpoint": "random weights" if args.tiny else str(args.checkpoint),
+        "checkpoint": "random weights" if is_random else str(args.checkpoint),
         "jobs_per_gpu": args.jobs_per_gpu,
-        "cuda_mps": args.mps,
+        "cuda_mps": not args.no_mps,
         "setting": "workers" if args.setting == "auto" else args.setting,
         "arms": {},
     }
@@ -238,7 +239,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max_batches", type=int, default=0)
     parser.add_argument("--eval_at_end", action="store_true", help="no evaluations on the way")
     parser.add_argument("--jobs_per_gpu", type=lambda n: n if n == "auto" else int(n), default=8)
-    parser.add_argument("--mps", action="store_true", help="our side: cuda_mps")
+    parser.add_argument("--no_mps", action="store_true", help="our side: jobs take turns")
     parser.add_argument("--compile", action="store_true", default=None, help="our side")
     parser.add_argument("--setting", choices=("auto", *SETTINGS), default="auto")
     parser.add_argument("--probe", type=int, default=60, help="steps; 0: none")

@@ -88,13 +88,16 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     by_seconds, by_tokens = figure.subplots(1, 2, sharey=True)
     names = list(dict.fromkeys(run["name"] for run in runs))
+    several_devices = len({run["device"] for run in runs}) > 1
     for run in runs:
+        device = run["device"].removeprefix("NVIDIA ").split()[0]
+        label = f"{run['name']}, {device}" if several_devices else run["name"]
         losses = [point["loss"] for point in run["curve"]]
         color = f"C{names.index(run['name']) % 10}"
         style = ("-", "--", ":", "-.")[names.index(run["name"]) // 10 % 4]
         for axes, unit, scale in ((by_seconds, "seconds", 1.0), (by_tokens, "token", 1e-6)):
             at = [point[unit] * scale for point in run["curve"]]
-            axes.plot(at, losses, style, color=color, marker=".", label=run["name"])
+            axes.plot(at, losses, style, color=color, marker=".", label=label)
     by_seconds.set(xlabel="seconds of training", ylabel="validation MLM loss, 15 % masked")
     by_tokens.set(xlabel="million tokens")
     for axes in (by_seconds, by_tokens):

@@ -2,7 +2,7 @@
 
     python benchmarks/time_to_quality.py --data FOLDER --budget 60 [--recipes REGEX] [--seeds 17,18]
         [--also "NAME = RECIPE key=value ..."] [--override key=value] [--evals 10] [--limit SECONDS]
-        [--target LOSS] [--compare A B] [--keep FOLDER [--glue FOLDER [--mps]]] [--add RECORD ...]
+        [--target LOSS] [--compare A B] [--keep FOLDER [--glue FOLDER]] [--add RECORD ...]
         [--out benchmarks/records/NAME.json] [--picture NAME.png] [--commit HASH] [--tiny]
 
 Each run goes through `mosaicbert.pretrain`, with its loaders, for `--budget` seconds of training:
@@ -153,6 +153,7 @@ class Harness:
         """One timed run, with what it compiles compiled before."""
         began = time.monotonic()
         row: dict[str, Any] = {"name": name, "seed": seed, "budget": self.args.budget}
+        row["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         row |= {"yaml": recipe.yaml, "changes": [*recipe.changes, *self.args.override]}
         config = self.config(recipe, f"seed={seed}", f"train_loader.dataset.shuffle_seed={seed}")
         key = _compiled_key(config)
@@ -263,9 +264,7 @@ def _release() -> None:
         torch.cuda.empty_cache()
 
 
-def fine_tune(
-    run: dict[str, Any], checkpoints: Path, data: Path, tiny: bool, mps: bool = False
-) -> dict[str, Any]:
+def fine_tune(run: dict[str, Any], checkpoints: Path, data: Path, tiny: bool) -> dict[str, Any]:
     """GLUE of a run's checkpoint: the complete tasks, by the published settings, one seed.
 
     In bf16 where the run was in fp8, so that models of both kinds compare.
@@ -283,7 +282,6 @@ def fine_tune(
         "data_dir": str(data),
         "parallel": True,
         "jobs_per_gpu": "auto",
-        "cuda_mps": mps,
         "model": config["model"],
         "starting_checkpoint_load_path": str(checkpoints),
         "run_folder": str(folder),
@@ -329,6 +327,16 @@ def chosen(args: argparse.Namespace) -> dict[str, Recipe]:
     return {name: recipe for name, recipe in recipes.items() if re.search(args.recipes, name)}
 
 
+def read_runs(records: list[Path]) -> list[dict[str, Any]]:
+    """The runs of earlier records, each with the device that it ran on."""
+    runs = []
+    for path in records:
+        record = json.loads(path.read_text())
+        devices = record["environment"].get("gpus") or ["CPU"]
+        runs += [{"device": devices[0]} | run for run in record["runs"]]
+    return runs
+
+
 def write(args: argparse.Namespace, runs: list[dict[str, Any]], environment: Any) -> None:
     """The record as far as it is, whole or not at all."""
     if args.out is None:
@@ -357,7 +365,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with train/ and val/")
     parser.add_argument("--keep", type=Path, help="folder to leave the runs' checkpoints in")
     parser.add_argument("--glue", type=Path, help="folder of GLUE: fine-tune what --keep holds")
-    parser.add_argument("--mps", action="store_true", help="with --glue: cuda_mps")
     parser.add_argument("--target", type=float, action="append", default=[], help="a loss")
     parser.add_argument("--compare", nargs=2, action="append", default=[], metavar=("A", "B"))
     parser.add_argument("--add", type=Path, nargs="*", default=[], help="records of earlier runs")
@@ -375,8 +382,7 @@ def main() -> int:
     """Run, print, write."""
     began = time.monotonic()
     args = parse()
-    added = [run for path in args.add for run in json.loads(path.read_text())["runs"]]
-    runs = [run for run in added if re.search(args.recipes, run["name"])]
+    runs = [run for run in read_runs(args.add) if re.search(args.recipes, run["name"])]
     environment = describe_environment()
     harness = Harness(args)
     todo = [(n, r, int(s)) for s in args.seeds.split(",") for n, r in chosen(args).items()]
@@ -405,7 +411,7 @@ def main() -> int:
     for run in whole if args.glue else []:
         checkpoints = checkpoints_of(run, args.keep)
         if "glue" not in run and checkpoints.exists():
-            run["glue"] = fine_tune(run, checkpoints, args.glue, args.tiny, args.mps)
+            run["glue"] = fine_tune(run, checkpoints, args.glue, args.tiny)
             write(args, runs, environment)
     log("\n" + table(runs))
     for loss in args.target:

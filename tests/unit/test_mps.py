@@ -80,6 +80,21 @@ def test_none_where_there_is_no_daemon(tmp_path, monkeypatch, caplog):
     assert "take turns: there is no nvidia-cuda-mps-control" in caplog.text
 
 
+def test_none_where_another_service_is(seen, monkeypatch):
+    monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", "/run/mps")
+    assert start_service() is None
+    assert not seen.exists()
+
+
+def test_without_it_is_no_warning_where_nobody_asked(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with caplog.at_level("INFO", "mosaicbert"):
+        assert start_service(is_asked=False) is None
+    (record,) = caplog.records
+    assert record.levelname == "INFO"
+    assert "take turns" in record.getMessage()
+
+
 def test_none_where_the_daemon_fails(tmp_path, monkeypatch, caplog):
     script = "#!/bin/sh\necho 'Cannot find MPS control daemon process' >&2\nexit 1\n"
     install(script, tmp_path, monkeypatch)
@@ -88,7 +103,9 @@ def test_none_where_the_daemon_fails(tmp_path, monkeypatch, caplog):
     assert not folders(tmp_path)
 
 
-@pytest.mark.parametrize(("per_gpu", "asked"), [(2, True), (1, True), (2, False)])
+@pytest.mark.parametrize(
+    ("per_gpu", "asked"), [(2, True), (2, None), (2, False), (1, True), (1, None)]
+)
 def test_jobs_that_share_a_gpu_run_through_it(per_gpu, asked, seen, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     started = []
@@ -111,7 +128,7 @@ def test_jobs_that_share_a_gpu_run_through_it(per_gpu, asked, seen, monkeypatch)
     }
     workers.build_executor(GlueConfig.model_validate(config), [None] * 4, "local")
     ((slots, at_end),) = started
-    shared = per_gpu == 2 and asked
+    shared = per_gpu == 2 and asked is not False
     assert {"CUDA_MPS_PIPE_DIRECTORY" in slot for slot in slots} == {shared}
     assert seen.exists() == shared
     if shared:

@@ -194,9 +194,9 @@ class GlueConfig(Strict):
     """Run jobs side by side: one a GPU, or several processes on a CPU."""
     jobs_per_gpu: PositiveInt | Literal["auto"] = 1
     """Jobs that share one GPU; `auto`: as many as its memory and the cores allow, at most 8."""
-    cuda_mps: bool = False
+    cuda_mps: bool | None = None
     """Have jobs that share a GPU compute at the same time, by a multi-process service of CUDA's
-    that runs as long as they do; else they take turns. Not for Ray."""
+    that runs as long as they do; else they take turns. Default: where it can. Not for Ray."""
     precision: Literal["fp32", "amp_bf16", "amp_fp16", "bf16", "fp8"] | None = None
     """Arithmetic. Default: `amp_bf16` on a GPU, `fp32` on a CPU. `fp8` trains as `amp_bf16`, with
     most matrix products of Mosaic BERT in 8 bits: for GPUs from compute capability 8.9 on."""

@@ -45,10 +45,16 @@ class MultiProcessService:
             log.warning("CUDA's multi-process service does not end; its folder: %s", self._folder)
 
 
-def start_service() -> MultiProcessService | None:
-    """Start it for all GPUs; None, said with the reason, where that cannot be."""
+def start_service(is_asked: bool = True) -> MultiProcessService | None:
+    """Start it for all GPUs; None where that cannot be or another is there.
+
+    The reason is said: as a warning if the user asked for it, else in passing.
+    """
+    if "CUDA_MPS_PIPE_DIRECTORY" in os.environ:
+        log.info("Jobs that share a GPU run through the multi-process service that is there.")
+        return None
     if shutil.which(CONTROL) is None:
-        _say_without(f"there is no {CONTROL} (it comes with the driver)")
+        _say_without(f"there is no {CONTROL} (it comes with the driver)", is_asked)
         return None
     folder = Path(tempfile.mkdtemp(prefix="mps-"))  # a short path: sockets lie in it
     # It must see all GPUs: those that its processes see are chosen among them.
@@ -66,7 +72,8 @@ def start_service() -> MultiProcessService | None:
     if not _answers(folder):
         lines = (folder / "out.log").read_text(errors="replace").split("\n")
         service.close()
-        _say_without(next((line for line in lines if line.strip()), "it does not start"))
+        why = next((line for line in lines if line.strip()), "it does not start")
+        _say_without(why, is_asked)
         return None
     log.info("Jobs that share a GPU run at the same time, by CUDA's multi-process service.")
     return service
@@ -88,5 +95,6 @@ def _environment(folder: Path) -> dict[str, str]:
     return {"CUDA_MPS_PIPE_DIRECTORY": str(folder), "CUDA_MPS_LOG_DIRECTORY": str(folder)}
 
 
-def _say_without(why: str) -> None:
-    log.warning("cuda_mps: jobs that share a GPU take turns: %s.", why.strip().rstrip("."))
+def _say_without(why: str, is_asked: bool) -> None:
+    level = logging.WARNING if is_asked else logging.INFO
+    log.log(level, "cuda_mps: jobs that share a GPU take turns: %s.", why.strip().rstrip("."))

@@ -35,7 +35,9 @@ def build_executor(config: GlueConfig, jobs: Sequence[GlueJob], engine: str) -> 
         share = 0.0 if config.device == "cpu" else 1 / per_gpu
         return RayTasks(run_job, num_gpus=share, or_cpu=config.device is None)
     found = slots(config, jobs)
-    service = start_service() if config.cuda_mps and _share_a_gpu(found) else None
+    service = None
+    if config.cuda_mps is not False and _share_a_gpu(found):
+        service = start_service(is_asked=config.cuda_mps is True)
     if service is None:
         workers = LocalProcesses(run_job, found)
     else:
