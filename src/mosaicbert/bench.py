@@ -253,7 +253,7 @@ def bench_of(config: PretrainConfig, ranks: Ranks) -> Bench:
     )
     microbatches = made_up_step(
         samples,
-        microbatch_samples=run.microbatch_samples(config, ranks, config.max_seq_len),
+        microbatch_samples=run.microbatch_samples(config, ranks, config.max_seq_len, model),
         max_seq_len=config.max_seq_len,
         packed=is_packed(model),
         grid=run.wants_compile(config, ranks),

@@ -201,10 +201,9 @@ def finetune(
     if config.class_weights is not None:
         model.class_weights = _weights(train)
 
-    packed = is_packed(model)
-    graphs = run.wants_graphs(config, ranks, packed)
+    graphs = run.wants_graphs(config, ranks, is_packed(model))
     config = config.model_copy(update={"cuda_graphs": graphs})
-    loader = partial(_loader, config, ranks, tokenizer, packed)
+    loader = partial(_loader, config, ranks, tokenizer, model)
     result = run.train(
         model,
         loader(train, training=True),
@@ -243,14 +242,14 @@ def _loader(
     config: ClassifyConfig,
     ranks: Ranks,
     tokenizer: PreTrainedTokenizerFast,
-    packed: bool,
+    model: nn.Module,
     examples: Labelled,
     *,
     training: bool,
 ) -> Loader:
     settings = config.train_loader if training else config.eval_loader
     if training:
-        device_samples = run.microbatch_samples(config, ranks, config.max_seq_len)
+        device_samples = run.microbatch_samples(config, ranks, config.max_seq_len, model)
         global_samples = config.global_train_batch_size
     else:
         device_samples = config.device_eval_batch_size
@@ -263,7 +262,7 @@ def _loader(
         microbatch_samples=device_samples,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        packed=packed,
+        packed=is_packed(model),
         grid=run.wants_compile(config, ranks),
         shuffle=settings.shuffle,
         drop_last=settings.drop_last,

@@ -55,7 +55,7 @@ def _pretrain(config: PretrainConfig) -> TrainResult:
         train_loader = build_text_loader(
             config.train_loader,
             batch_size=_batch_size(config, ranks),
-            microbatch_samples=run.microbatch_samples(config, ranks, config.max_seq_len),
+            microbatch_samples=run.microbatch_samples(config, ranks, config.max_seq_len, model),
             training=True,
             mlm_probability=config.mlm_probability,
             max_duration=Duration.parse(config.max_duration),

@@ -20,7 +20,7 @@ from mosaicbert.batch import Loader
 from mosaicbert.config import ModelConfig, TrainerConfig
 from mosaicbert.duration import Duration
 from mosaicbert.errors import CheckpointError, ConfigError
-from mosaicbert.models.build import compile_model, use_fp8
+from mosaicbert.models.build import compile_model, is_packed, use_fp8
 from mosaicbert.redaction import RedactingFormatter, redact_text
 from mosaicbert.report import report_at_end
 from mosaicbert.train.best import Best
@@ -34,12 +34,16 @@ from mosaicbert.train.trainer import Trainer
 
 GRAPH_MULTIPLE = 16
 """Padded batches that run as CUDA graphs are so many tokens long, or a multiple of it."""
-AUTO_MICROBATCH_TOKENS = {"cuda": 65_536, "cpu": 8_192}
-"""Where `device_train_microbatch_size: auto` starts; the trainer halves it when memory runs out."""
-AUTO_MEMORY_BYTES = 45e9
-"""Of the smallest GPU for which that is, with CUDA graphs at base size; those with less begin at a
-half, a quarter and so on, those with twice as much at twice as many tokens."""
+AUTO_BYTES = {"packed": 71.0, "padded": 105.0}
+"""Memory that `device_train_microbatch_size: auto` reckons with for each token, layer and unit of
+width in 16 bits, with CUDA graphs: 45 GB for 65,536 tokens of Mosaic BERT base
+(`2026-11-26-out-of-memory-h200.json`), and twice the 32 GB of HF BERT base without."""
+AUTO_STATE_BYTES = 18.0
+"""The same for each parameter: weight, gradient, two moments, and a copy in 16 bits."""
+AUTO_SHARE = 0.85
+"""Of a GPU's memory; the rest is for what lies in pieces, and for evaluations."""
 LEAST_AUTO_TOKENS, MOST_AUTO_TOKENS = 2_048, 131_072
+AUTO_CPU_TOKENS = 8_192
 
 
 def start(config: TrainerConfig) -> Ranks:
@@ -98,23 +102,39 @@ def wants_graphs(config: TrainerConfig, ranks: Ranks, packed: bool) -> bool:
     return able and (wants_compile(config, ranks) or not packed)
 
 
-def auto_tokens(gpu_memory_bytes: float | None) -> int:
-    """Tokens of the first microbatch of `auto` on a GPU of that memory; None: on a CPU."""
+def auto_samples(
+    model: nn.Module, precision: str | None, gpu_memory_bytes: float | None, max_seq_len: int
+) -> int:
+    """Samples of the first microbatch of `auto`: the most that should fit; None: on a CPU.
+
+    A multiple of 8, from 8 on. Where that is too many after all, the trainer halves them.
+    """
+    samples = max(_auto_tokens(model, precision, gpu_memory_bytes) // max_seq_len, 1)
+    return samples if samples < 8 else samples // 8 * 8
+
+
+def _auto_tokens(model: nn.Module, precision: str | None, gpu_memory_bytes: float | None) -> int:
     if gpu_memory_bytes is None:
-        return AUTO_MICROBATCH_TOKENS["cpu"]
-    scale = 2.0 ** math.floor(math.log2(gpu_memory_bytes / AUTO_MEMORY_BYTES))
-    tokens = int(AUTO_MICROBATCH_TOKENS["cuda"] * scale)
+        return AUTO_CPU_TOKENS
+    settings: Any = model.config
+    units = settings.num_hidden_layers * settings.hidden_size
+    bytes_a_unit = AUTO_BYTES["packed" if is_packed(model) else "padded"]
+    state = AUTO_STATE_BYTES * sum(p.numel() for p in model.parameters())
+    free = AUTO_SHARE * gpu_memory_bytes - state
+    tokens = int(free / (units * bytes_a_unit * (2 if precision == "fp32" else 1)))
     return min(max(tokens, LEAST_AUTO_TOKENS), MOST_AUTO_TOKENS)
 
 
-def microbatch_samples(config: TrainerConfig, ranks: Ranks, max_seq_len: int) -> int:
+def microbatch_samples(
+    config: TrainerConfig, ranks: Ranks, max_seq_len: int, model: nn.Module
+) -> int:
     """Samples of full length that one device takes at a time."""
     share = config.global_train_batch_size // ranks.world_size
     if config.device_train_microbatch_size == "auto":
         memory = None
         if ranks.device.type == "cuda":
             memory = torch.cuda.get_device_properties(ranks.device).total_memory
-        return max(1, min(share, auto_tokens(memory) // max_seq_len))
+        return min(share, auto_samples(model, config.precision, memory, max_seq_len))
     return min(share, config.device_train_microbatch_size)
 
 

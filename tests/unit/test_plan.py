@@ -4,13 +4,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from mosaicbert import run
 from mosaicbert.cli import main
-from mosaicbert.config import ClassifyConfig, PretrainConfig, check, load_config
+from mosaicbert.config import ClassifyConfig, ModelConfig, PretrainConfig, check, load_config
 from mosaicbert.data.examples import sample_examples
 from mosaicbert.duration import Progress
 from mosaicbert.errors import ConfigError
+from mosaicbert.models.build import build_model
 from mosaicbert.plan import read_plan
 from mosaicbert.plan.command import measured
 from mosaicbert.plan.machine import machine_of
@@ -213,10 +215,28 @@ def test_a_probe_takes_a_few_microbatches_and_writes_nowhere_else():
     assert found.eval_tokens_per_second == pytest.approx(samples * 100 / 10)  # 20 - 8 - 2 s
 
 
-AUTO = {None: 8_192, 85e9: 65_536, 48e9: 65_536, 25e9: 32_768, 16e9: 16_384, 150e9: 131_072}
+BASE_SHAPE = {"hidden_size": 768, "num_hidden_layers": 12}
+LARGE_SHAPE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
 
 
-@pytest.mark.parametrize("memory", [*AUTO, 1e9, 1e12])
-def test_auto_starts_by_the_memory_of_the_gpu(memory):
-    found = run.auto_tokens(memory)
-    assert found == AUTO.get(memory, 2_048 if memory == 1e9 else 131_072)
+@pytest.mark.parametrize(
+    ("name", "shape", "precision", "memory", "least", "most"),
+    [
+        ("mosaic_bert", BASE_SHAPE, None, None, 64, 64),
+        ("mosaic_bert", BASE_SHAPE, "fp8", 85e9, 750, 900),  # 512 take 45 GB
+        ("mosaic_bert", BASE_SHAPE, "fp32", 85e9, 375, 450),
+        ("mosaic_bert", BASE_SHAPE, None, 150e9, 1024, 1024),
+        ("mosaic_bert", BASE_SHAPE, None, 25e9, 200, 250),
+        ("mosaic_bert", BASE_SHAPE, None, 1e9, 16, 16),
+        ("mosaic_bert", LARGE_SHAPE, None, 85e9, 250, 310),
+        ("hf_bert", BASE_SHAPE, None, 85e9, 520, 580),  # 512 take 32 GB, twice with graphs
+    ],
+)
+def test_auto_starts_by_memory_and_model(name, shape, precision, memory, least, most):
+    settings = ModelConfig(name=name, model_config=shape)
+    with torch.device("meta"):
+        model = build_model(settings, "mlm", max_seq_len=128, vocab_size=30_522)
+    samples = run.auto_samples(model, precision, memory, 128)
+    assert least <= samples <= most
+    assert samples % 8 == 0
+    assert run.auto_samples(model, precision, memory, 100_000) <= 1

@@ -101,12 +101,9 @@ def jobs_that_fit(jobs: Sequence[GlueJob], free_bytes: float, cores_per_gpu: int
 
 def microbatch_tokens(config: ClassifyConfig) -> int:
     """Tokens that a job's model takes at a time, were all texts of full length."""
-    from mosaicbert.run import AUTO_MICROBATCH_TOKENS
-
-    asked = config.device_train_microbatch_size
-    fits = max(1, AUTO_MICROBATCH_TOKENS["cuda"] // config.max_seq_len)
-    samples = fits if isinstance(asked, str) else asked
-    return min(samples, config.global_train_batch_size) * config.max_seq_len
+    asked, batch = config.device_train_microbatch_size, config.global_train_batch_size
+    samples = batch if isinstance(asked, str) else min(asked, batch)
+    return samples * config.max_seq_len
 
 
 def estimate_bytes(config: ClassifyConfig) -> float:

@@ -117,8 +117,8 @@ def _memory(job: TrainingJob, machine: Machine, found: dict[str, Any]) -> None:
     share = max(config.global_train_batch_size // machine.count, 1)
     fits = math.floor((usable - fixed.total) / a_sample)
     asked = config.device_train_microbatch_size
-    tokens = run.auto_tokens(machine.memory_bytes if machine.gpu else None)
-    cap = max(tokens // job.max_seq_len, 1)
+    device_memory = machine.memory_bytes if machine.gpu else None
+    cap = run.auto_samples(job.model, config.precision, device_memory, job.max_seq_len)
     chosen = min(share, cap if asked == "auto" else asked)
     if asked == "auto":
         chosen = max(1, min(chosen, fits))
