@@ -51,7 +51,9 @@ def table(runs: list[dict[str, Any]]) -> str:
         )
     scored = [run for run in runs if "glue" in run]
     if scored:
-        lines.append(f"\n{'GLUE, one seed':27}{'mean':>8}" + "".join(f"{t:>8}" for t in GLUE_TASKS))
+        lines.append(
+            f"\n{'GLUE, pre-training seed':27}{'mean':>8}" + "".join(f"{t:>8}" for t in GLUE_TASKS)
+        )
     for run in scored:
         tasks = "".join(f"{run['glue']['tasks'][name]:8.2f}" for name in GLUE_TASKS)
         lines.append(f"{run['name'][:22]:22}{run['seed']:4} {run['glue']['mean']:8.2f}{tasks}")

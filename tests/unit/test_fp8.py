@@ -11,7 +11,7 @@ from mosaicbert.batch import Batch
 from mosaicbert.config.jobs import TrainerConfig
 from mosaicbert.errors import ConfigError
 from mosaicbert.models import kernels
-from mosaicbert.models.build import use_fp8
+from mosaicbert.models.build import compile_model, use_fp8
 from mosaicbert.models.configuration import MODERN, MosaicBertConfig
 from mosaicbert.models.mosaic_bert import MosaicBertForMaskedLM
 from mosaicbert.train.backward import Backward
@@ -166,6 +166,28 @@ def test_geglu_made_anew_changes_nothing(changes, interpreted, monkeypatch):
         loss.backward()
         found.append((loss.detach(), gradients(model)))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("fp8", [False, True], ids=["16", "8"])
+def test_pre_norm_is_four_graphs(fp8, interpreted, monkeypatch):
+    """Embeddings, layers, the last layer, the head: the first layer's input is as the others'."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: compiler(f, backend="eager", **o))
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = made(**MODERN | {"zero_init_outputs": False, "num_hidden_layers": 3})
+        if fp8:
+            use_fp8(model, CPU)
+        if compiled:
+            compile_model(model)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        loss = model.loss(batch()).loss_sum
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs == 4
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_evaluation_is_not_in_fp8(interpreted):

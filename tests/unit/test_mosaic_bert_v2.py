@@ -113,17 +113,15 @@ def test_pre_norm_is_as_written():
     model = build(pre_norm=True).bert
     ids = IDS[1:]
     x = model(ids, output_hidden_states=True).hidden_states[0][0]
+    plan = model.encoder.plan(x, torch.tensor([0, 6]).int(), 6)
     for layer in model.encoder.layer:
-        x, _ = layer(x, None, model.encoder.plan(x, torch.tensor([0, 6]).int(), 6), False)
-    torch.testing.assert_close(model(ids)[0][0], model.encoder.final_norm(x))
-    layer, plan = model.encoder.layer[0], model.encoder.plan(x, torch.tensor([0, 6]).int(), 6)
-    output, mlp = layer.attention.output, layer.mlp
-    attended, _ = layer.attention.self(F.layer_norm(x, (128,)), plan, None)
-    y = x + output.dense(attended)
-    gate, up = mlp.gated_layers(F.layer_norm(y, (128,))).chunk(2, -1)
-    torch.testing.assert_close(
-        layer(x, None, plan, False)[0], y + mlp.wo(F.gelu(gate) * up), rtol=1e-4, atol=1e-5
-    )
+        output, mlp = layer.attention.output, layer.mlp
+        attended, _ = layer.attention.self(F.layer_norm(x, (128,)), plan, None)
+        x = x + output.dense(attended)
+        gate, up = mlp.gated_layers(F.layer_norm(x, (128,))).chunk(2, -1)
+        x = x + mlp.wo(F.gelu(gate) * up)
+    want = F.layer_norm(x, (128,))
+    torch.testing.assert_close(model(ids)[0][0], want, rtol=1e-4, atol=1e-5)
 
 
 def test_zero_initialised_outputs_start_as_the_identity():

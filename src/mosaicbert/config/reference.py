@@ -66,6 +66,7 @@ EXAMPLES: dict[str, Any] = {
     "global_train_batch_size": 4096,
     "compile": False,
     "cuda_graphs": False,
+    "cuda_mps": False,
     "device": "gpu",
     "precision": "amp_bf16",
     "python_log_level": "debug",

@@ -192,7 +192,9 @@ def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
 class MosaicBertLayer(nn.Module):
     """One layer of the encoder; the unit that is compiled.
 
-    Post-norm as in BERT: `LayerNorm(x + block(x))`. Pre-norm: `x + block(LayerNorm(x))`.
+    Post-norm as in BERT: `LayerNorm(x + block(x))`. Pre-norm: `x + block(LayerNorm(x))`, where the
+    layer's last sum and the norm that reads it, which is the next layer's, are one operation: a
+    layer gets its input and the norm of it from the one before.
     """
 
     def __init__(self, config: MosaicBertConfig, index: int) -> None:
@@ -200,36 +202,43 @@ class MosaicBertLayer(nn.Module):
         self.attention = MosaicBertAttention(config, index)
         self.mlp = MosaicBertMLP(config)
         self.pre_norm = config.pre_norm
+        self.is_last = index == config.num_hidden_layers - 1
         self.dropout = config.hidden_dropout_prob
 
     def forward(
         self,
         x: Tensor,
+        normed: Tensor | None,
         first_values: Tensor | None,
         plan: AttentionPlan,
         fused: bool,
+        next_norm: LayerNorm | None = None,
         rows: Rows | None = None,
         eight: Any = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """`x (total_nnz, hidden)` -> the same, and the values of the first layer.
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`x (total_nnz, hidden)`, its norm, the first layer's values -> the same for the next.
 
-        With `rows`, everything after attention runs on these alone. With `eight`, the `fp8.Scales`,
-        products are in fp8, and 8-bit copies of the input and output stand for the values.
+        The norm is None with post-norm; with pre-norm it is by `next_norm`, and the last layer
+        gives it out in the place of `x`. With `rows`, everything after attention runs on these
+        alone. With `eight`, the `fp8.Scales`, products are in fp8, and the 8-bit copy of what
+        attention reads stands for the values.
         """
         if eight is not None:
             from mosaicbert.models.fp8 import layer_in_fp8
 
-            return layer_in_fp8(self, x, first_values, plan, rows, eight)
-        inputs = x
-        if self.pre_norm:
-            norm = self.attention.output.LayerNorm
-            x, inputs = sum_and_norm(None, x, None, norm, 0.0, fused)
+            return layer_in_fp8(self, x, normed, first_values, plan, next_norm, rows, eight)
+        inputs = x if normed is None else normed
         attended, values = self.attention.self(inputs, plan, first_values)
-        return self.behind_attention(attended, x, fused, rows), values
+        return *self.behind_attention(attended, x, fused, next_norm, rows), values
 
     def behind_attention(
-        self, attended: Tensor, x: Tensor, fused: bool, rows: Rows | None
-    ) -> Tensor:
+        self,
+        attended: Tensor,
+        x: Tensor,
+        fused: bool,
+        next_norm: LayerNorm | None,
+        rows: Rows | None,
+    ) -> tuple[Tensor, Tensor | None]:
         """The rest: projection and feed-forward layer, each added to the residual `x`."""
         output, mlp = self.attention.output, self.mlp
         dropout_p = self.dropout if self.training else 0.0
@@ -237,11 +246,13 @@ class MosaicBertLayer(nn.Module):
         if self.pre_norm:
             x, normed = sum_and_norm(attended, x, output.dense, mlp.layernorm, dropout_p, fused)
             hidden, product = mlp.before_last(normed, fused)
-            return x + product(hidden, mlp.wo.weight, mlp.wo.bias)
+            assert next_norm is not None
+            x, normed = sum_and_norm(hidden, x, mlp.wo, next_norm, 0.0, fused, product)
+            return (normed, None) if self.is_last else (x, normed)
         x, residual = add_norm(attended, x, output.dense, output.LayerNorm, dropout_p, fused)
         hidden, product = mlp.before_last(x, fused)
         (x,) = add_norm(hidden, residual, mlp.wo, mlp.layernorm, 0.0, fused, 1, product)
-        return x
+        return x, None
 
 
 def add_norm(
@@ -283,6 +294,7 @@ def sum_and_norm(
     norm: LayerNorm,
     dropout_p: float,
     fused: bool,
+    product: Product = F.linear,
 ) -> tuple[Tensor, Tensor]:
     """`s = residual + dropout(dense(x))` and `norm(s)`; without `x`, s is `residual`."""
     if fused:
@@ -290,7 +302,7 @@ def sum_and_norm(
 
         projected, bias = None, None
         if x is not None and dense is not None:
-            projected, bias = F.linear(x, dense.weight), dense.bias
+            projected, bias = product(x, dense.weight), dense.bias
         seed = dropout_seed(dropout_p, residual.device)
         return sum_layer_norm(
             projected, residual, norm.weight, norm.bias, bias, norm.eps, dropout_p, seed
@@ -298,6 +310,11 @@ def sum_and_norm(
     if x is not None and dense is not None:
         residual = residual + F.dropout(dense(x), dropout_p)
     return residual, norm(residual)
+
+
+def _norm_of(x: Tensor, norm: LayerNorm | None, fused: bool) -> Tensor | None:
+    """Without a view of `x`, which would save a sum of gradients and cost one more graph."""
+    return None if norm is None else sum_and_norm(None, x, None, norm, 0.0, fused)[1]
 
 
 class MosaicBertEncoder(nn.Module):
@@ -339,12 +356,22 @@ class MosaicBertEncoder(nn.Module):
         )
         return plan._replace(rotary=rotary)
 
-    def _begin_fp8(self, x: Tensor) -> tuple[Tensor | None, Any]:
-        """The 8-bit copy of the first layer's input, where it reads one, and the scales."""
-        from mosaicbert.models import fp8
+    def _norms(self) -> list[LayerNorm | None]:
+        """Pre-norm: what normalises each layer's input, and the last one's output."""
+        if not self.config.pre_norm:
+            return [None] * (len(self.layer) + 1)
+        own = [layer.attention.output.LayerNorm for layer in self.layer]  # type: ignore[union-attr]
+        return [*own, self.final_norm]  # type: ignore[list-item]
 
-        copy = None if self.config.pre_norm else fp8.normed_in_eight(x)
-        return copy, fp8.make_scales(x.device, self.config.fp8_gate)
+    def _begin(
+        self, x: Tensor, norm: LayerNorm | None, fused: bool
+    ) -> tuple[Tensor | None, Tensor | None, Any]:
+        """The norm of the first layer's input, its 8-bit copy, and the `fp8.Scales`."""
+        if self.fp8 and self.training:
+            from mosaicbert.models import fp8
+
+            return *fp8.first_norm(x, norm), fp8.make_scales(x.device, self.config.fp8_gate)
+        return _norm_of(x, norm, fused), None, None
 
     def forward(
         self,
@@ -359,25 +386,23 @@ class MosaicBertEncoder(nn.Module):
         """
         fused = kernels.why_not(x.device) is None and x.dtype != torch.float64
         half = len(self.layer) // 2
-        values, eight = None, None
-        if self.fp8 and self.training:
-            values, eight = self._begin_fp8(x)
+        norms = self._norms()
+        normed, values, eight = self._begin(x, norms[0], fused)
         skips: list[Tensor] = []
         for index, layer in enumerate(self.layer):
             if hidden_states is not None:
                 hidden_states.append(x)
             if self.config.unet_skips and index >= len(self.layer) - half:
                 x = x + self.skip_weights[len(skips) - 1].to(x.dtype) * skips.pop()
+                normed = _norm_of(x, norms[index], fused)
             last = index == len(self.layer) - 1
-            args = (x, values, plan, fused, rows if last else None, eight)
+            args = (x, normed, values, plan, fused, norms[index + 1], rows if last else None, eight)
             if self._gradient_checkpointing_func and self.gradient_checkpointing and self.training:
-                x, values = self._gradient_checkpointing_func(layer.__call__, *args)
+                x, normed, values = self._gradient_checkpointing_func(layer.__call__, *args)
             else:
-                x, values = layer(*args)
+                x, normed, values = layer(*args)
             if self.config.unet_skips and index < half:
                 skips.append(x)
-        if self.config.pre_norm:
-            x = self.final_norm(x)
         if hidden_states is not None:
             hidden_states.append(x)
         return x

@@ -233,16 +233,17 @@ class _LinearSumNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, x8: Tensor, x_scale: Tensor, one: Tensor, w8: Tensor, w8t: Tensor,
         w_scale: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor,
-        norm_bias: Tensor, eps: float, dropout_p: float, seed: Tensor | None,
+        norm_bias: Tensor, eps: float, dropout_p: float, seed: Tensor | None, *gate: Any,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         projected = _product(x8, w8, x_scale, w_scale, residual.dtype)
         total, out, mean, rstd, out8 = sum_norm_forward(
             projected, residual, norm_weight, norm_bias, bias, eps, dropout_p, seed, True
         )
         ctx.dropout_p = dropout_p
-        ctx.save_for_backward(
-            x, weight, bias, w8t, w_scale, one, total, norm_weight, norm_bias, mean, rstd, seed
-        )
+        _save(
+            ctx, x, gate, weight, bias, w8t, w_scale, one, total, norm_weight, norm_bias, mean,
+            rstd, seed,
+        )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(out8)
         return total, out, out8
@@ -250,7 +251,7 @@ class _LinearSumNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Grads:
         (x, weight, bias, w8t, w_scale, one, total, norm_weight, norm_bias, mean, rstd,
-         seed) = ctx.saved_tensors  # fmt: skip
+         seed) = _saved(ctx)  # fmt: skip
         sum_grad, grad, _ = grads
         dprojected, dresidual, sums, dprojected8 = sum_norm_backward(
             grad, sum_grad, total, norm_weight, mean, rstd, True, ctx.dropout_p, seed, True
@@ -260,81 +261,67 @@ class _LinearSumNorm(torch.autograd.Function):
         dweight = _weight_gradient(dprojected, x, weight)
         dnorm = sums[0].to(norm_weight.dtype), sums[1].to(norm_bias.dtype)
         dbias = sums[2].to(bias.dtype)
-        return (dx, *(None,) * 6, dweight, dbias, dresidual, *dnorm, *(None,) * 3)
+        return (dx, *(None,) * 6, dweight, dbias, dresidual, *dnorm, *(None,) * 6)
 
 
 class _Norm(torch.autograd.Function):
-    """Pre-norm, the first of a layer: the residual `x` again, its norm, the norm's 8-bit copy."""
+    """Pre-norm, before the first layer: the norm of `x`, and its 8-bit copy."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         _, out, mean, rstd, out8 = sum_norm_forward(
             None, x, weight, bias, None, eps, 0.0, None, True
         )
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(out8)
-        return x.view_as(x), out, out8
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Grads:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        x_grad, grad, _ = grads
-        _, dx, sums, _ = sum_norm_backward(grad, x_grad, x, weight, mean, rstd, False, 0.0, None)
-        return dx, sums[0].to(weight.dtype), sums[1].to(bias.dtype), None
-
-
-class _Linear(torch.autograd.Function):
-    """A linear layer that no kernel follows: its gradient is cast here."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, x8: Tensor, x_scale: Tensor, one: Tensor, w8: Tensor, w8t: Tensor,
-        w_scale: Tensor, weight: Tensor, bias: Tensor, *gate: Any,
-    ) -> Tensor:  # fmt: skip
-        _save(ctx, x, gate, weight, bias, w8t, w_scale, one)
-        return _product(x8, w8, x_scale, w_scale, x.dtype, bias)
+        return out, out8
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Grads:
-        x, weight, bias, w8t, w_scale, one = _saved(ctx)
-        (grad,) = grads
-        dx = _product(to_eight(grad, 1.0, torch.float8_e5m2), w8t, one, w_scale, x.dtype)
-        dbias = grad.sum(0, dtype=torch.float32).to(bias.dtype)
-        return (dx, *(None,) * 6, _weight_gradient(grad, x, weight), dbias, *(None,) * 3)
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        _, dx, sums, _ = sum_norm_backward(grads[0], None, x, weight, mean, rstd, False, 0.0, None)
+        return dx, sums[0].to(weight.dtype), sums[1].to(bias.dtype), None
 
 
 # --- layers ---------------------------------------------------------------------------------------
 
 
-def layer_in_fp8(
-    layer: Any, x: Tensor, x8: Tensor | None, plan: AttentionPlan, rows: Any, scales: Scales
-) -> tuple[Tensor, Tensor | None]:
-    """A `MosaicBertLayer`: `x (total_nnz, hidden)` -> the same, with their 8-bit copies.
+def first_norm(x: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor | None, Tensor]:
+    """With pre-norm the norm of `x (total_nnz, hidden)`; the 8-bit copy of what attention reads."""
+    if norm is None:
+        return None, normed_in_eight(x)
+    found: tuple[Tensor, Tensor] = _apply(_Norm, x, norm.weight, norm.bias, norm.eps)
+    return found
 
-    Pre-norm has no use for a copy of `x`. With `rows`, what follows attention is in 16 bits.
+
+def layer_in_fp8(
+    layer: Any, x: Tensor, normed: Tensor | None, x8: Tensor | None, plan: AttentionPlan,
+    next_norm: Any, rows: Any, scales: Scales,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """A `MosaicBertLayer`: `x (total_nnz, hidden)`, its norm with pre-norm, and the 8-bit copy of
+    what attention reads -> the same for the next layer.
+
+    With `rows`, what follows attention is in 16 bits.
     """
-    output, own = layer.attention.output, layer.attention.self
-    inputs = x
-    if layer.pre_norm:
-        norm = output.LayerNorm
-        x, inputs, x8 = _apply(_Norm, x, norm.weight, norm.bias, norm.eps)
+    own = layer.attention.self
+    inputs = x if normed is None else normed
     attended, attended8 = _apply(
         _QkvAttention, inputs, x8, scales.normed, scales.gradient, *_quantized(own.Wqkv.weight),
         own.Wqkv.weight, own.Wqkv.bias, own.heads, plan.cu_seqlens, plan.max_seqlen, plan.slopes,
         plan.window,
     )  # fmt: skip
     if rows is not None:
-        return layer.behind_attention(attended, x, True, rows), None
-    behind = _behind_pre_norm if layer.pre_norm else _behind_post_norm
-    return behind(layer, attended, attended8, x, scales)
+        return *layer.behind_attention(attended, x, True, next_norm, rows), None
+    if layer.pre_norm:
+        return _behind_pre_norm(layer, attended, attended8, x, next_norm, scales)
+    return _behind_post_norm(layer, attended, attended8, x, scales)
 
 
 def _behind_post_norm(
     layer: Any, x: Tensor, x8: Tensor, residual: Tensor, scales: Scales
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, None, Tensor]:
     output, mlp = layer.attention.output, layer.mlp
     dropout_p = layer.dropout if layer.training else 0.0
     x, residual, x8 = _add_norm(
@@ -346,24 +333,24 @@ def _behind_post_norm(
         _LinearNorm, hidden, hidden8, scales.gated, scales, mlp.wo, residual, mlp.layernorm, 0.0, 1,
         *gate,
     )  # fmt: skip
-    return x, x8
+    return x, None, x8
 
 
 def _behind_pre_norm(
-    layer: Any, x: Tensor, x8: Tensor, residual: Tensor, scales: Scales
-) -> tuple[Tensor, None]:
+    layer: Any, x: Tensor, x8: Tensor, residual: Tensor, next_norm: nn.LayerNorm, scales: Scales
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     output, mlp = layer.attention.output, layer.mlp
     dropout_p = layer.dropout if layer.training else 0.0
     residual, normed, normed8 = _add_norm(
         _LinearSumNorm, x, x8, scales.normed, scales, output.dense, residual, mlp.layernorm,
-        dropout_p,
+        dropout_p, *NO_GATE,
     )  # fmt: skip
     hidden, hidden8, gate = _gated(mlp, normed, normed8, scales)
-    added = _apply(
-        _Linear, hidden, hidden8, scales.gated, scales.gradient, *_quantized(mlp.wo.weight),
-        mlp.wo.weight, mlp.wo.bias, *gate,
+    residual, normed, normed8 = _add_norm(
+        _LinearSumNorm, hidden, hidden8, scales.gated, scales, mlp.wo, residual, next_norm, 0.0,
+        *gate,
     )  # fmt: skip
-    return residual + added, None
+    return (normed, None, None) if layer.is_last else (residual, normed, normed8)
 
 
 def _gated(mlp: Any, x: Tensor, x8: Tensor, scales: Scales) -> tuple[Tensor, Tensor, Sequence[Any]]:
