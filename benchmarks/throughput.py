@@ -103,6 +103,7 @@ ROWS = {
     "cpu mosaic eager 8": Row("mosaic_bert", 8, compile=False, mlm=0.15),
     "cpu mosaic compiled 8": Row("mosaic_bert", 8, mlm=0.15),
     "cpu v2 eager 8": Row("mosaic_bert_v2", 8, compile=False),
+    "cpu v2 compiled 8": Row("mosaic_bert_v2", 8),
 }
 CONFIG = {
     "max_duration": "1ba",
