@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mosaicbert.models.configuration import MosaicBertConfig
-from mosaicbert.models.encoder import LayerNorm
+from mosaicbert.models.operations import LayerNorm
 
 
 class BigramEmbedding(nn.Embedding):

@@ -23,20 +23,16 @@ from mosaicbert.models.attention import (
     sequence_ids,
 )
 from mosaicbert.models.configuration import MosaicBertConfig
+from mosaicbert.models.operations import (
+    LayerNorm,
+    Product,
+    add_norm,
+    geglu,
+    geglu_linear,
+    norm_alone,
+    sum_and_norm,
+)
 from mosaicbert.models.rotary import rotary_table, rotate
-
-Product = Callable[..., Tensor]
-"""`product(x, weight, bias=None)`, as `F.linear`."""
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm in the dtype of its input, also under autocast; its statistics are float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., width)` -> the same."""
-        with torch.autocast(x.device.type, enabled=False):
-            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class OutputLinear(nn.Linear):
@@ -161,32 +157,8 @@ class MosaicBertMLP(nn.Module):
             return F.dropout(F.relu(self.wi(x)).square(), dropout_p), F.linear
         wide = self.gated_layers(x)
         if fused and self.recompute:
-            return wide, partial(_geglu_linear, dropout_p)
+            return wide, partial(geglu_linear, dropout_p)
         return geglu(wide, dropout_p, fused), F.linear
-
-
-def _geglu_linear(
-    dropout_p: float, x: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    from mosaicbert.models.kernels.geglu import geglu_linear
-
-    out = geglu_linear(x, weight, dropout_p, dropout_seed(dropout_p, x.device))
-    return out if bias is None else out + bias.to(out.dtype)
-
-
-def geglu(x: Tensor, dropout_p: float, fused: bool) -> Tensor:
-    """`dropout(gelu(x[:, :n]) * x[:, n:])`, `(total_nnz, 2n)` -> `(total_nnz, n)`; exact GELU."""
-    if fused:
-        from mosaicbert.models.kernels.geglu import geglu as kernel
-
-        return kernel(x, dropout_p, dropout_seed(dropout_p, x.device))
-    gate, up = x.chunk(2, dim=-1)
-    return F.dropout(F.gelu(gate) * up, dropout_p)
-
-
-def dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
-    """What the kernels draw their masks from; None without dropout."""
-    return torch.randint(2**31, (1,), device=device) if dropout_p else None
 
 
 class MosaicBertLayer(nn.Module):
@@ -255,68 +227,6 @@ class MosaicBertLayer(nn.Module):
         return x, None
 
 
-def add_norm(
-    x: Tensor,
-    residual: Tensor,
-    dense: nn.Linear,
-    norm: LayerNorm,
-    dropout_p: float,
-    fused: bool,
-    times: int = 2,
-    product: Product = F.linear,
-) -> tuple[Tensor, ...]:
-    """`norm(residual + dropout(dense(x)))`, so many times; `product` stands in for `F.linear`.
-
-    What reads the one and what reads the other have gradients of their own, which the fused
-    LayerNorm adds in passing.
-    """
-    if fused:
-        from mosaicbert.models.kernels.layernorm import residual_layer_norm
-
-        return residual_layer_norm(
-            product(x, dense.weight),
-            residual,
-            norm.weight,
-            norm.bias,
-            dense.bias,
-            norm.eps,
-            dropout_p,
-            dropout_seed(dropout_p, x.device),
-            times,
-        )
-    return (norm(residual + F.dropout(dense(x), dropout_p)),) * times
-
-
-def sum_and_norm(
-    x: Tensor | None,
-    residual: Tensor,
-    dense: nn.Linear | None,
-    norm: LayerNorm,
-    dropout_p: float,
-    fused: bool,
-    product: Product = F.linear,
-) -> tuple[Tensor, Tensor]:
-    """`s = residual + dropout(dense(x))` and `norm(s)`; without `x`, s is `residual`."""
-    if fused:
-        from mosaicbert.models.kernels.sumnorm import sum_layer_norm
-
-        projected, bias = None, None
-        if x is not None and dense is not None:
-            projected, bias = product(x, dense.weight), dense.bias
-        seed = dropout_seed(dropout_p, residual.device)
-        return sum_layer_norm(
-            projected, residual, norm.weight, norm.bias, bias, norm.eps, dropout_p, seed
-        )
-    if x is not None and dense is not None:
-        residual = residual + F.dropout(dense(x), dropout_p)
-    return residual, norm(residual)
-
-
-def _norm_of(x: Tensor, norm: LayerNorm | None, fused: bool) -> Tensor | None:
-    """Without a view of `x`, which would save a sum of gradients and cost one more graph."""
-    return None if norm is None else sum_and_norm(None, x, None, norm, 0.0, fused)[1]
-
-
 class MosaicBertEncoder(nn.Module):
     """The layers, over one packed batch."""
 
@@ -371,7 +281,7 @@ class MosaicBertEncoder(nn.Module):
             from mosaicbert.models import fp8
 
             return *fp8.first_norm(x, norm), fp8.make_scales(x.device, self.config.fp8_gate)
-        return _norm_of(x, norm, fused), None, None
+        return norm_alone(x, norm, fused), None, None
 
     def forward(
         self,
@@ -394,7 +304,7 @@ class MosaicBertEncoder(nn.Module):
                 hidden_states.append(x)
             if self.config.unet_skips and index >= len(self.layer) - half:
                 x = x + self.skip_weights[len(skips) - 1].to(x.dtype) * skips.pop()
-                normed = _norm_of(x, norms[index], fused)
+                normed = norm_alone(x, norms[index], fused)
             last = index == len(self.layer) - 1
             args = (x, normed, values, plan, fused, norms[index + 1], rows if last else None, eight)
             if self._gradient_checkpointing_func and self.gradient_checkpointing and self.training:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from mosaicbert.models.attention import AttentionPlan
-from mosaicbert.models.encoder import dropout_seed
 from mosaicbert.models.kernels.attention import attention_backward, attention_forward
 from mosaicbert.models.kernels.eight import GATED, HIGHEST, NORMED, WIDE
 from mosaicbert.models.kernels.geglu import geglu_backward, geglu_forward
 from mosaicbert.models.kernels.layernorm import layer_norm_backward, layer_norm_forward
 from mosaicbert.models.kernels.sumnorm import sum_norm_backward, sum_norm_forward
+from mosaicbert.models.operations import dropout_seed
 
 Grads = tuple[Tensor | None, ...]
 

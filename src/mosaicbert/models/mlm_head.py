@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mosaicbert.models.configuration import MosaicBertConfig
-from mosaicbert.models.encoder import LayerNorm
 from mosaicbert.models.heads import cross_entropy_sum
+from mosaicbert.models.operations import LayerNorm
 
 
 class MosaicBertTransform(nn.Module):
