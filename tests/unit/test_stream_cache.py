@@ -183,6 +183,9 @@ def _read_in_process(
         first = sum(one.samples for one in shards.infos[:number])
         found = [shards.open(number)[i]["text"] for i in range(info.samples)]
         assert found == EXPECTED[first : first + info.samples]
+    shards.close()
+    for thread in shards._threads:
+        thread.join(10)  # or the lock of what one was fetching ahead would stay
     os._exit(0)
 
 
