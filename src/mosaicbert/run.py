@@ -103,14 +103,21 @@ def wants_graphs(config: TrainerConfig, ranks: Ranks, packed: bool) -> bool:
 
 
 def auto_samples(
-    model: nn.Module, precision: str | None, gpu_memory_bytes: float | None, max_seq_len: int
+    model: nn.Module,
+    precision: str | None,
+    gpu_memory_bytes: float | None,
+    max_seq_len: int,
+    share: int,
 ) -> int:
     """Samples of the first microbatch of `auto`: the most that should fit; None: on a CPU.
 
-    A multiple of 8, from 8 on. Where that is too many after all, the trainer halves them.
+    A multiple of 8, from 8 on; no more than the device's `share` of a batch. Padded microbatches
+    are filled up to their size, so they cut it into equal parts. Where it is too many after all,
+    the trainer halves them.
     """
     samples = max(_auto_tokens(model, precision, gpu_memory_bytes) // max_seq_len, 1)
-    return samples if samples < 8 else samples // 8 * 8
+    samples = min(share, samples if samples < 8 else samples // 8 * 8)
+    return samples if is_packed(model) else math.ceil(share / math.ceil(share / samples))
 
 
 def _auto_tokens(model: nn.Module, precision: str | None, gpu_memory_bytes: float | None) -> int:
@@ -134,7 +141,7 @@ def microbatch_samples(
         memory = None
         if ranks.device.type == "cuda":
             memory = torch.cuda.get_device_properties(ranks.device).total_memory
-        return min(share, auto_samples(model, config.precision, memory, max_seq_len))
+        return auto_samples(model, config.precision, memory, max_seq_len, share)
     return min(share, config.device_train_microbatch_size)
 
 

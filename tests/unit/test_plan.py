@@ -8,7 +8,14 @@ import torch
 
 from mosaicbert import run
 from mosaicbert.cli import main
-from mosaicbert.config import ClassifyConfig, ModelConfig, PretrainConfig, check, load_config
+from mosaicbert.config import (
+    ClassifyConfig,
+    ModelConfig,
+    PretrainConfig,
+    TrainerConfig,
+    check,
+    load_config,
+)
 from mosaicbert.data.examples import sample_examples
 from mosaicbert.duration import Progress
 from mosaicbert.errors import ConfigError
@@ -17,6 +24,7 @@ from mosaicbert.plan import read_plan
 from mosaicbert.plan.command import measured
 from mosaicbert.plan.machine import machine_of
 from mosaicbert.plan.probe import Probe, probe_job
+from mosaicbert.train.distributed import Ranks
 from mosaicbert.train.record import TrainResult
 
 ROOT = Path(__file__).parents[2]
@@ -229,14 +237,28 @@ LARGE_SHAPE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_head
         ("mosaic_bert", BASE_SHAPE, None, 25e9, 200, 250),
         ("mosaic_bert", BASE_SHAPE, None, 1e9, 16, 16),
         ("mosaic_bert", LARGE_SHAPE, None, 85e9, 250, 310),
-        ("hf_bert", BASE_SHAPE, None, 85e9, 520, 580),  # 512 take 32 GB, twice with graphs
+        ("hf_bert", BASE_SHAPE, None, 85e9, 512, 512),  # 512 take 32 GB, twice with graphs
     ],
 )
 def test_auto_starts_by_memory_and_model(name, shape, precision, memory, least, most):
     settings = ModelConfig(name=name, model_config=shape)
     with torch.device("meta"):
         model = build_model(settings, "mlm", max_seq_len=128, vocab_size=30_522)
-    samples = run.auto_samples(model, precision, memory, 128)
+    samples = run.auto_samples(model, precision, memory, 128, 4096)
     assert least <= samples <= most
     assert samples % 8 == 0
-    assert run.auto_samples(model, precision, memory, 100_000) <= 1
+    assert run.auto_samples(model, precision, memory, 100_000, 4096) == 1
+    assert run.auto_samples(model, precision, memory, 128, 10) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "samples"),
+    [("mosaic_bert", 100, 64), ("hf_bert", 100, 50), ("hf_bert", 128, 64), ("hf_bert", 7, 7)],
+)
+def test_auto_fills_padded_microbatches(name, batch, samples):
+    with torch.device("meta"):
+        settings = ModelConfig(name=name, model_config=BASE_SHAPE)
+        model = build_model(settings, "mlm", max_seq_len=128, vocab_size=30_522)
+    config = TrainerConfig(max_duration="1ba", global_train_batch_size=batch)
+    ranks = Ranks(0, 1, 0, torch.device("cpu"))  # there 8,192 tokens
+    assert run.microbatch_samples(config, ranks, 128, model) == samples

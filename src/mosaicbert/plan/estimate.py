@@ -118,7 +118,7 @@ def _memory(job: TrainingJob, machine: Machine, found: dict[str, Any]) -> None:
     fits = math.floor((usable - fixed.total) / a_sample)
     asked = config.device_train_microbatch_size
     device_memory = machine.memory_bytes if machine.gpu else None
-    cap = run.auto_samples(job.model, config.precision, device_memory, job.max_seq_len)
+    cap = run.auto_samples(job.model, config.precision, device_memory, job.max_seq_len, share)
     chosen = min(share, cap if asked == "auto" else asked)
     if asked == "auto":
         chosen = max(1, min(chosen, fits))
