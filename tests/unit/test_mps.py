@@ -9,7 +9,7 @@ import time
 import pytest
 
 from mosaicbert.config import GlueConfig
-from mosaicbert.executors import start_service
+from mosaicbert.executors import mps, start_service
 from mosaicbert.executors.mps import CONTROL
 from mosaicbert.glue_suite import workers
 
@@ -27,6 +27,7 @@ fi
 @pytest.fixture
 def seen(tmp_path, monkeypatch):
     """What the daemon was told, line by line."""
+    monkeypatch.setattr(mps, "_PROBE", "")
     return install(DAEMON, tmp_path, monkeypatch)
 
 
@@ -56,7 +57,8 @@ def test_it_runs_for_all_gpus_and_leaves_nothing(seen, tmp_path, monkeypatch):
 
 
 def test_it_ends_with_the_process_that_started_it(seen, tmp_path):
-    code = "import time, mosaicbert.executors as e; s = e.start_service(); time.sleep(60)"
+    code = "import time, mosaicbert.executors.mps as m; m._PROBE = ''; s = m.start_service(); "
+    code += "time.sleep(60)"
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment)
     wait_for(lambda: seen.exists())
@@ -78,6 +80,25 @@ def test_none_where_there_is_no_daemon(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert start_service() is None
     assert "take turns: there is no nvidia-cuda-mps-control" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("probe", "why"),
+    [
+        ("raise SystemExit('cuInit answers 805')", "(cuInit answers 805)"),
+        ("import time; time.sleep(60)", "(no answer in 1 s)"),
+        ("import ctypes; ctypes.CDLL('libcuda-of-nowhere.so')", "libcuda-of-nowhere.so"),
+    ],
+)
+def test_none_where_a_process_cannot_use_it(probe, why, seen, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(mps, "_PROBE", probe)
+    if "sleep" in probe:
+        monkeypatch.setattr(mps, "SECONDS_TO_PROBE", 1.0)
+    assert start_service() is None
+    assert "take turns: a process cannot use its service" in caplog.text
+    assert why in caplog.text
+    assert "quit" in seen.read_text()
+    assert not folders(tmp_path)
 
 
 def test_none_where_another_service_is(seen, monkeypatch):

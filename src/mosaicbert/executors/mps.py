@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -22,6 +23,20 @@ SECONDS_TO_START, SECONDS_AFTER_WORDS = 20.0, 2.0
 SECONDS_TO_END = 20.0
 _GUARD = f'{CONTROL} -d; cat > /dev/null; echo quit -t 5 | {CONTROL}; rm -rf -- "$1"'
 """Waits for the end of its input, which is that of the process that started it, however it ends."""
+SECONDS_TO_PROBE = 30.0
+_PROBE = """
+import ctypes
+cuda, number, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
+def ask(name, *args):
+    code = getattr(cuda, name)(*args)
+    if code:
+        raise SystemExit(f"{name} answers {code}")
+ask("cuInit", 0)
+ask("cuDeviceGetCount", ctypes.byref(number))
+for device in range(number.value):
+    ask("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+"""
+"""Whether a process can use all GPUs that it sees, without torch, whose import takes seconds."""
 
 
 class MultiProcessService:
@@ -75,6 +90,11 @@ def start_service(is_asked: bool = True) -> MultiProcessService | None:
         why = next((line for line in lines if line.strip()), "it does not start")
         _say_without(why, is_asked)
         return None
+    refusal = _refusal(folder)
+    if refusal is not None:
+        service.close()
+        _say_without(f"a process cannot use its service ({refusal})", is_asked)
+        return None
     log.info("Jobs that share a GPU run at the same time, by CUDA's multi-process service.")
     return service
 
@@ -89,6 +109,19 @@ def _answers(folder: Path) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+def _refusal(folder: Path) -> str | None:
+    """Why a process cannot compute through the service; None where it can."""
+    command, env = [sys.executable, "-c", _PROBE], os.environ | _environment(folder)
+    try:
+        probe = subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=SECONDS_TO_PROBE
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer in {SECONDS_TO_PROBE:.0f} s"
+    lines = probe.stderr.strip().split("\n")
+    return lines[-1] or f"exit code {probe.returncode}" if probe.returncode else None
 
 
 def _environment(folder: Path) -> dict[str, str]:
