@@ -64,27 +64,8 @@ def add_norm(
     if fused:
         from mosaicbert.models.kernels.layernorm import residual_layer_norm
 
-        return residual_layer_norm(
-            product(x, dense.weight),
-            residual,
-            norm.weight,
-            norm.bias,
-            dense.bias,
-            norm.eps,
-            dropout_p,
-            dropout_seed(dropout_p, x.device),
-            times,
-        )
+        return residual_layer_norm(*_operands(x, residual, dense, norm, dropout_p, product), times)
     return (norm(residual + F.dropout(dense(x), dropout_p)),) * times
-
-
-def norm_alone(x: Tensor, norm: LayerNorm | None, fused: bool) -> Tensor | None:
-    """`norm(x)`; None for None."""
-    if norm is None or not fused:
-        return None if norm is None else norm(x)
-    from mosaicbert.models.kernels.sumnorm import sum_layer_norm
-
-    return sum_layer_norm(None, x, norm.weight, norm.bias, eps=norm.eps)[1]
 
 
 def sum_and_norm(
@@ -100,15 +81,28 @@ def sum_and_norm(
     if fused:
         from mosaicbert.models.kernels.sumnorm import sum_layer_norm
 
-        return sum_layer_norm(
-            product(x, dense.weight),
-            residual,
-            norm.weight,
-            norm.bias,
-            dense.bias,
-            norm.eps,
-            dropout_p,
-            dropout_seed(dropout_p, x.device),
-        )
+        return sum_layer_norm(*_operands(x, residual, dense, norm, dropout_p, product))
     total = residual + F.dropout(dense(x), dropout_p)
     return total, norm(total)
+
+
+def _operands(
+    x: Tensor,
+    residual: Tensor,
+    dense: nn.Linear,
+    norm: LayerNorm,
+    dropout_p: float,
+    product: Product,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float, float, Tensor | None]:
+    """What both kernels take: the bias of `dense` apart, because they add it."""
+    projected, seed = product(x, dense.weight), dropout_seed(dropout_p, x.device)
+    return projected, residual, norm.weight, norm.bias, dense.bias, norm.eps, dropout_p, seed
+
+
+def norm_alone(x: Tensor, norm: LayerNorm | None, fused: bool) -> Tensor | None:
+    """`norm(x)`; None for None."""
+    if norm is None or not fused:
+        return None if norm is None else norm(x)
+    from mosaicbert.models.kernels.sumnorm import sum_layer_norm
+
+    return sum_layer_norm(None, x, norm.weight, norm.bias, eps=norm.eps)[1]
