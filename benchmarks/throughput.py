@@ -97,13 +97,23 @@ ROWS = {
     "mosaic seq 2048": Row("mosaic_bert", 32, seq=2048),
     "mosaic seq 2048 fp8": Row("mosaic_bert", 32, seq=2048, precision="fp8"),
     "hf compiled seq 512": Row("hf_bert", 64, seq=512, mlm=0.15),
-    # For CPUs: `--device cpu --batch 8 --rows '^cpu'`
-    "cpu hf eager 8": Row("hf_bert", 8, compile=False, mlm=0.15),
-    "cpu hf compiled 8": Row("hf_bert", 8, mlm=0.15),
-    "cpu mosaic eager 8": Row("mosaic_bert", 8, compile=False, mlm=0.15),
-    "cpu mosaic compiled 8": Row("mosaic_bert", 8, mlm=0.15),
-    "cpu v2 eager 8": Row("mosaic_bert_v2", 8, compile=False),
-    "cpu v2 compiled 8": Row("mosaic_bert_v2", 8),
+    # For CPUs: `--device cpu --batch 32 --rows '^cpu'`
+    **{
+        f"cpu {name} {run} {microbatch}{suffix}": Row(
+            model, microbatch, compile=run == "compiled", mlm=mlm, precision=precision
+        )
+        for precision, suffix, microbatch in (
+            ("fp32", "", 8),
+            ("amp_bf16", " bf16", 8),
+            ("amp_bf16", " bf16", 32),
+        )
+        for name, model, mlm in (
+            ("hf", "hf_bert", 0.15),
+            ("mosaic", "mosaic_bert", 0.15),
+            ("v2", "mosaic_bert_v2", 0.3),
+        )
+        for run in ("eager", "compiled")
+    },
 }
 CONFIG = {
     "max_duration": "1ba",
@@ -183,8 +193,7 @@ def build(row: Row, args: argparse.Namespace, ranks: Ranks) -> Bench:
         grid=row.compile,
     )
     settings = {"global_train_batch_size": num_samples, "compile": row.compile}
-    if ranks.device.type == "cuda":
-        settings["precision"] = row.precision
+    settings["precision"] = "fp32" if args.tiny else row.precision
     config = PretrainConfig.model_validate(CONFIG | settings)
     return Bench(model, step, config, ranks)
 

@@ -60,6 +60,18 @@ def test_sdpa_agrees_with_the_reference(lengths, window):
         torch.testing.assert_close(grad.double(), want_grad, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("by_products", [0, 256])
+def test_sdpa_in_bfloat16(by_products, monkeypatch):
+    monkeypatch.setattr(module, "MAX_BY_PRODUCTS", by_products)
+    qkv, cu_seqlens, max_seqlen = packed([17, 0, 40, 1], head_dim=32)
+    qkv = qkv.bfloat16()
+    args = (cu_seqlens, max_seqlen, alibi_slopes(3))
+    want, want_grad = output_and_gradient(qkv.double(), *args, backend="reference")
+    got, grad = output_and_gradient(qkv, *args, backend="sdpa")
+    assert (got.double() - want).norm() < 0.01 * want.norm()
+    assert (grad.double() - want_grad).norm() < 0.02 * want_grad.norm()
+
+
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
 @pytest.mark.parametrize("window", [None, 5])
 @torch.no_grad()

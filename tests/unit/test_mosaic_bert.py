@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mosaicbert.batch import Batch
 from mosaicbert.errors import ConfigError
-from mosaicbert.models import encoder
+from mosaicbert.models import embeddings, encoder, operations
 from mosaicbert.models.attention import alibi_slopes
 from mosaicbert.models.configuration import MODERN, MosaicBertConfig
 from mosaicbert.models.mosaic_bert import (
@@ -217,14 +217,15 @@ def test_the_padding_of_the_vocabulary_is_never_predicted():
 
 def test_dropout_is_where_the_original_has_it(monkeypatch):
     seen = []
-    real = F.dropout
+    real = operations.dropout
 
     def spy(x, p=0.5, training=True):
         if training and p:
             seen.append((x.shape[-1], p))
         return real(x, p, training)
 
-    monkeypatch.setattr(encoder.F, "dropout", spy)
+    for module in (operations, embeddings, encoder):
+        monkeypatch.setattr(module, "dropout", spy)
     model = build(hidden_dropout_prob=0.125)
     batch = packed_batch(*padded([5, 2]))
     model.loss(batch)

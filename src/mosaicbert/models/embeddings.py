@@ -2,11 +2,10 @@
 # mypy: disable-error-code="no-any-return"
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mosaicbert.models.configuration import MosaicBertConfig
-from mosaicbert.models.operations import LayerNorm
+from mosaicbert.models.operations import LayerNorm, dropout
 
 
 class BigramEmbedding(nn.Embedding):
@@ -55,7 +54,7 @@ class MosaicBertEmbeddings(nn.Module):
             x = x + self.token_type_embeddings.weight[0]
         else:
             x = x + self.token_type_embeddings(token_type_ids)
-        x = F.dropout(self.LayerNorm(x), self.dropout, self.training)
+        x = dropout(self.LayerNorm(x), self.dropout, self.training)
         if torch.is_autocast_enabled(x.device.type):  # the residual stream is kept in this dtype
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x

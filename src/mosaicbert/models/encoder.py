@@ -27,6 +27,7 @@ from mosaicbert.models.operations import (
     LayerNorm,
     Product,
     add_norm,
+    dropout,
     geglu,
     geglu_linear,
     norm_alone,
@@ -154,7 +155,7 @@ class MosaicBertMLP(nn.Module):
         """
         dropout_p = self.dropout if self.training else 0.0
         if not self.gated:
-            return F.dropout(F.relu(self.wi(x)).square(), dropout_p), F.linear
+            return dropout(F.relu(self.wi(x)).square(), dropout_p), F.linear
         wide = self.gated_layers(x)
         if fused and self.recompute:
             return wide, partial(geglu_linear, dropout_p)

@@ -24,6 +24,19 @@ class LayerNorm(nn.LayerNorm):
             return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
+def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
+    """`F.dropout`; eager on a CPU by 16-bit numbers, four to a draw: a third of the time.
+
+    `p` is then rounded to a multiple of 2^-16.
+    """
+    if not training or p == 0.0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, p, training)
+    drop_below = round(p * 2**16)
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    keep = draws.view(torch.int16)[: x.numel()].view(x.shape) >= drop_below - 2**15
+    return x * (keep * torch.tensor(1 / (1 - drop_below / 2**16), dtype=x.dtype))
+
+
 def geglu(x: Tensor, dropout_p: float, fused: bool) -> Tensor:
     """`dropout(gelu(x[:, :n]) * x[:, n:])`, `(total_nnz, 2n)` -> `(total_nnz, n)`; exact GELU."""
     if fused:
@@ -31,7 +44,7 @@ def geglu(x: Tensor, dropout_p: float, fused: bool) -> Tensor:
 
         return kernel(x, dropout_p, dropout_seed(dropout_p, x.device))
     gate, up = x.chunk(2, dim=-1)
-    return F.dropout(F.gelu(gate) * up, dropout_p)
+    return dropout(F.gelu(gate) * up, dropout_p)
 
 
 def geglu_linear(dropout_p: float, x: Tensor, weight: Tensor) -> Tensor:
@@ -65,7 +78,7 @@ def add_norm(
         from mosaicbert.models.kernels.layernorm import residual_layer_norm
 
         return residual_layer_norm(*_operands(x, residual, dense, norm, dropout_p, product), times)
-    return (norm(residual + F.dropout(dense(x), dropout_p)),) * times
+    return (norm(residual + dropout(dense(x), dropout_p)),) * times
 
 
 def sum_and_norm(
@@ -82,7 +95,7 @@ def sum_and_norm(
         from mosaicbert.models.kernels.sumnorm import sum_layer_norm
 
         return sum_layer_norm(*_operands(x, residual, dense, norm, dropout_p, product))
-    total = residual + F.dropout(dense(x), dropout_p)
+    total = residual + dropout(dense(x), dropout_p)
     return total, norm(total)
 
 
