@@ -1,4 +1,4 @@
-"""What `time_to_quality.py` says of its runs: tables of 80 columns, and a picture of the curves."""
+"""What `time_to_quality.py` says of its runs: tables of 80 columns, pictures of curves and GLUE."""
 
 import statistics
 from pathlib import Path
@@ -111,5 +111,28 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     handles, labels = by_seconds.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside right upper", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def draw_glue(runs: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the tasks of those runs that have been fine-tuned, and of their mean."""
+    from matplotlib.figure import Figure
+
+    scored = [run for run in runs if "glue" in run]
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(scored)
+    for place, run in enumerate(scored):
+        glue = run["glue"]
+        heights = [*(glue["tasks"][name] for name in GLUE_TASKS), glue["mean"]]
+        at = [task + (place - (len(scored) - 1) / 2) * width for task in range(len(heights))]
+        label = f"{run['name']}, {run['seconds']:.0f} s of pre-training"
+        bars = axes.bar(at, heights, width * 0.95, label=label)
+        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+    axes.set_xticks(range(len(GLUE_TASKS) + 1), [*GLUE_TASKS, "mean"])
+    axes.set(ylabel="score", ylim=(0, 100))
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(scored), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

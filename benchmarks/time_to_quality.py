@@ -4,7 +4,7 @@
         [--also "NAME = RECIPE key=value ..."] [--override key=value] [--evals 10] [--limit SECONDS]
         [--target LOSS] [--compare A B] [--keep FOLDER [--glue FOLDER]] [--glue_seeds 1]
         [--add RECORD ...] [--out benchmarks/records/NAME.json] [--picture NAME.png]
-        [--commit HASH] [--tiny]
+        [--glue_picture NAME.png] [--commit HASH] [--tiny]
 
 Each run goes through `mosaicbert.pretrain`, with its loaders, for `--budget` seconds of training:
 the clock starts with the first batch and stands still in evaluations. What a recipe compiles is
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_tables import GLUE_TASKS, compare, draw, reached, table
+from quality_tables import GLUE_TASKS, compare, draw, draw_glue, reached, table
 
 import mosaicbert
 from mosaicbert.config import PretrainConfig, load_config
@@ -380,6 +380,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--add", type=Path, nargs="*", default=[], help="records of earlier runs")
     parser.add_argument("--out", type=Path, help="where to write the record")
     parser.add_argument("--picture", type=Path, help="where to draw the curves")
+    parser.add_argument("--glue_picture", type=Path, help="where to draw GLUE's scores")
     parser.add_argument("--commit", help="commit that is measured")
     parser.add_argument("--tiny", action="store_true", help="small shapes on a CPU, to rehearse")
     args = parser.parse_args()
@@ -430,6 +431,8 @@ def main() -> int:
         log(compare(whole, a, b))
     if args.picture and whole:
         draw(whole, args.picture)
+    if args.glue_picture and any("glue" in run for run in whole):
+        draw_glue(whole, args.glue_picture)
     return 0
 
 

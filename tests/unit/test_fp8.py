@@ -229,3 +229,20 @@ def _hf():
 
     sizes = {key: SHAPE[key] for key in SHAPE if key != "attention_backend"}
     return BertForMaskedLM(BertConfig(**sizes))
+
+
+@pytest.mark.parametrize("max_seqlen", [14, 140], ids=["short", "tiled"])
+def test_gradient_of_the_bias_of_qkv(max_seqlen, interpreted):
+    """What it is said to be equals the sum of the gradients of queries, keys and values."""
+    from mosaicbert.models.fp8 import _qkv_bias_gradient
+    from mosaicbert.models.kernels.attention import attention_backward, attention_forward
+
+    torch.manual_seed(0)
+    cu_seqlens = torch.tensor([0, max_seqlen, 0, 9]).cumsum(0).int()
+    qkv = torch.randn(max_seqlen + 9, 3, 2, 32)
+    fixed = (cu_seqlens, max_seqlen, torch.tensor([0.5, 0.1]), -1)
+    out, lse, reach, _ = attention_forward(qkv, *fixed)
+    grad = torch.randn_like(out)
+    dqkv, _ = attention_backward(grad, qkv, out, lse, reach, *fixed)
+    found = _qkv_bias_gradient(dqkv, grad.flatten(1))
+    torch.testing.assert_close(found, dqkv.flatten(1).sum(0), rtol=1e-4, atol=1e-4)

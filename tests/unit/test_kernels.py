@@ -55,7 +55,7 @@ def exact_attention(qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor, window: int
     return attention(qkv, cu_seqlens, longest, slopes, window=seen, backend="reference")
 
 
-@pytest.mark.parametrize("window", [-1, 5])
+@pytest.mark.parametrize("window", [-1, 5, 90])
 @pytest.mark.parametrize(
     ("dtype", "lengths", "max_seqlen", "tolerance"),
     [
@@ -64,6 +64,7 @@ def exact_attention(qkv: Tensor, cu_seqlens: Tensor, slopes: Tensor, window: int
         (torch.float16, [0, 5, 1, 16, 0, 0], 16, 2e-3),  # short kernel
         (torch.float16, [33, 1, 24], 40, 2e-3),  # short kernel, no full sequence
         (torch.float16, [1, 129], 129, 2e-3),  # tiled kernels
+        (torch.float16, [330, 0, 65], 330, 2e-3),  # tiles before, on, after and beyond the diagonal
     ],
 )
 def test_attention(

@@ -104,6 +104,16 @@ def _weight_gradient(grad: Tensor, x: Tensor, like: Tensor) -> Tensor:
     return (grad.t() @ x).to(like.dtype)
 
 
+def _qkv_bias_gradient(dqkv: Tensor, grad: Tensor) -> Tensor:
+    """Of what is added to all queries, keys and values, from their gradients and the output's.
+
+    To the keys: a query's scores all shift alike, so nothing changes. To the values: attention's
+    weights sum to 1, so it comes out as it is. That leaves one sum over a third of `dqkv`.
+    """
+    of_queries = dqkv[:, 0].flatten(1).sum(0, dtype=torch.float32)
+    return torch.cat([of_queries, torch.zeros_like(of_queries), grad.sum(0, dtype=torch.float32)])
+
+
 # In what follows `w8`, `w8t` and `w_scale` are those of `_quantized(weight)`, `one` a float32 1:
 # the scale of gradients. (Dynamo does not trace the quantization inside of these functions.)
 
@@ -133,9 +143,9 @@ class _QkvAttention(torch.autograd.Function):
             grads[0].reshape(out.shape), qkv, out, lse, reach, cu_seqlens, ctx.max_seqlen, slopes,
             ctx.window, True,
         )  # fmt: skip
+        dbias = _qkv_bias_gradient(dqkv, grads[0]).to(bias.dtype)
         dqkv = dqkv.flatten(1)
         dx = _product(dqkv8.flatten(1), w8t, one, w_scale, x.dtype)
-        dbias = dqkv.sum(0, dtype=torch.float32).to(bias.dtype)
         dweight = _weight_gradient(dqkv, x, weight)
         return (dx, *(None,) * 6, dweight, dbias, *(None,) * 5)
 

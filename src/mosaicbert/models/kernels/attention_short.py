@@ -16,6 +16,17 @@ MASKED: tl.constexpr = tl.constexpr(-1e30)  # finite: rows that only fill the ti
 
 
 @triton.jit
+def _biased(scores, pos, real, slope, window, WINDOW: tl.constexpr):
+    """Scores with ALiBi; keys beyond the end masked, queries not, as nothing comes of them."""
+    sloped = pos.to(tl.float32) * slope
+    s = scores - tl.abs(sloped[:, None] - sloped[None, :])
+    seen = real[None, :]
+    if WINDOW:
+        seen = seen & (tl.abs(pos[:, None] - pos[None, :]) <= window)
+    return tl.where(seen, s, MASKED)
+
+
+@triton.jit
 def forward_kernel(
     qkv_ptr, out_ptr, out8_ptr, lse_ptr, cu_seqlens_ptr, slopes_ptr, window, total_nnz,
     SCALE: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WINDOW: tl.constexpr,
@@ -38,16 +49,12 @@ def forward_kernel(
     k = tl.load(q_ptrs + HIDDEN, mask=real[:, None], other=0.0)
     v = tl.load(q_ptrs + 2 * HIDDEN, mask=real[:, None], other=0.0)
 
-    sloped = pos.to(tl.float32) * (tl.load(slopes_ptr + head) * LOG2_E)
-    s = tl.dot(q, tl.trans(k)) * SCALE - tl.abs(sloped[:, None] - sloped[None, :])
-    seen = real[None, :]
-    if WINDOW:
-        seen = seen & (tl.abs(pos[:, None] - pos[None, :]) <= window)
-    s = tl.where(seen, s, MASKED)
+    slope = tl.load(slopes_ptr + head) * LOG2_E
+    s = _biased(tl.dot(q, tl.trans(k)) * SCALE, pos, real, slope, window, WINDOW)
     highest = tl.max(s, 1)
     p = tl.exp2(s - highest[:, None])
     total = tl.sum(p, 1)
-    out = tl.dot(p.to(v.dtype), v) / total[:, None]
+    out = tl.dot(p.to(v.dtype), v) * (1.0 / total)[:, None]
     at = start.to(tl.int64) * HIDDEN + head * HEAD_DIM + pos[:, None] * HIDDEN + dim[None, :]
     tl.store(out_ptr + at, out, mask=real[:, None])
     if EIGHT > 0:
@@ -84,12 +91,9 @@ def backward_kernel(
         lse_ptrs = lse_ptr + tl.cast(head, tl.int64) * total_nnz + start + pos
         lse = tl.load(lse_ptrs, mask=real, other=0.0)
 
-        sloped = pos.to(tl.float32) * (tl.load(slopes_ptr + head) * LOG2_E)
-        s = tl.dot(q, tl.trans(k)) * SCALE - tl.abs(sloped[:, None] - sloped[None, :])
-        seen = real[:, None] & real[None, :]
-        if WINDOW:
-            seen = seen & (tl.abs(pos[:, None] - pos[None, :]) <= window)
-        p = tl.exp2(tl.where(seen, s - lse[:, None], MASKED))  # (queries, keys)
+        slope = tl.load(slopes_ptr + head) * LOG2_E
+        s = _biased(tl.dot(q, tl.trans(k)) * SCALE, pos, real, slope, window, WINDOW)
+        p = tl.exp2(s - lse[:, None])  # (queries, keys); rows beyond the end have no gradient
         dq_at = wide + head * HEAD_DIM
         dv = tl.dot(tl.trans(p.to(q.dtype)), grad)
         tl.store(dqkv_ptr + dq_at + 2 * HIDDEN, dv, mask=real[:, None])

@@ -28,8 +28,14 @@ def eight_like(x: Tensor, dtype: torch.dtype, wanted: bool) -> Tensor:
     return torch.empty_like(x, dtype=dtype) if wanted else x.new_empty(0, dtype=dtype)
 
 
+CLIPS: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+"""Whether to clip before the conversion: a GPU's clips by itself, the interpreter's does not."""
+
+
 @triton.jit
 def store_eight(ptr, at, values, mask, SCALE: tl.constexpr, HIGHEST: tl.constexpr):
     """`values * SCALE`, clipped, as the 8-bit floats that `ptr` points to."""
-    values = tl.minimum(tl.maximum(values * SCALE, -HIGHEST), HIGHEST)
+    values = values * SCALE
+    if CLIPS:
+        values = tl.minimum(tl.maximum(values, -HIGHEST), HIGHEST)
     tl.store(ptr + at, values.to(ptr.dtype.element_ty), mask=mask)
