@@ -56,6 +56,7 @@ def write_yaml(args: argparse.Namespace, checkpoint: Path) -> Path:
         if args.eval_at_end:
             kwargs["eval_interval"] = "0ba"
         seeds = [19, *task.seeds[1:]][: args.seeds or None]
+        seeds += range(20, 20 + args.seeds - len(seeds))
         tasks[name] = {"seeds": seeds, "trainer_kwargs": kwargs}
     content = {
         "base_run_name": "glue-speed",
@@ -234,7 +235,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--model", choices=("hf_bert", "mosaic_bert"), default="hf_bert")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=0, help="a task; default: all of the recipe")
+    parser.add_argument("--seeds", type=int, default=0, help="a task; default: all of the recipe; more: further ones")
     parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--max_batches", type=int, default=0)
     parser.add_argument("--eval_at_end", action="store_true", help="no evaluations on the way")
