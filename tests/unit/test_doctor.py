@@ -49,7 +49,14 @@ def with_index(tmp_path):
 def test_this_very_environment_has_what_is_needed():
     found = list(machine.check_packages())
     assert {check.name for check in found} >= {"python", "torch", "transformers"}
-    assert {check.state for check in found} == {"ok"}
+    assert {check.state for check in found if check.name != "bytecode"} == {"ok"}
+
+
+def test_no_bytecode_is_a_warning(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine.torch, "__file__", str(tmp_path / "torch/__init__.py"))
+    found = {check.name: check for check in machine.check_packages()}
+    assert found["bytecode"].state == "warning"
+    assert f"compileall -q {tmp_path}" in found["bytecode"].remedy
 
 
 def test_a_package_that_runs_from_its_sources_is_a_warning(monkeypatch):

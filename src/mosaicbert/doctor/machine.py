@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import resource
@@ -28,6 +29,12 @@ LEAST_TRITON = "3.6"
 def check_packages() -> Iterator[Check]:
     """Python and every package that this one needs, in the versions it needs."""
     yield Check("python", "ok", f"{platform.python_version()} ({sys.executable})")
+    if not Path(importlib.util.cache_from_source(torch.__file__)).exists():
+        yield Check(
+            "bytecode", "warning", "Python keeps none of torch: each start compiles its sources "
+            "anew, which takes seconds", "unset PYTHONDONTWRITEBYTECODE, or run once: "
+            f"python -m compileall -q {Path(torch.__file__).parents[1]}",
+        )  # fmt: skip
     wrong = []
     try:
         needs = importlib.metadata.requires("mosaicbert") or []
