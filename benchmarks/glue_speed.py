@@ -235,7 +235,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--model", choices=("hf_bert", "mosaic_bert"), default="hf_bert")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=0, help="a task; default: all of the recipe; more: further ones")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=0,
+        help="a task; default: all of the recipe; more: further ones",
+    )
     parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--max_batches", type=int, default=0)
     parser.add_argument("--eval_at_end", action="store_true", help="no evaluations on the way")

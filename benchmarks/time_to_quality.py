@@ -3,8 +3,8 @@
     python benchmarks/time_to_quality.py --data FOLDER --budget 60 [--recipes REGEX] [--seeds 17,18]
         [--also "NAME = RECIPE key=value ..."] [--override key=value] [--evals 10] [--limit SECONDS]
         [--target LOSS] [--compare A B] [--keep FOLDER [--glue FOLDER]] [--glue_seeds 1]
-        [--add RECORD ...] [--out benchmarks/records/NAME.json] [--picture NAME.png]
-        [--glue_picture NAME.png] [--commit HASH] [--tiny]
+        [--glue_override key=value] [--add RECORD ...] [--out benchmarks/records/NAME.json]
+        [--picture NAME.png] [--glue_picture NAME.png] [--commit HASH] [--tiny]
 
 Each run goes through `mosaicbert.pretrain`, with its loaders, for `--budget` seconds of training:
 the clock starts with the first batch and stands still in evaluations. What a recipe compiles is
@@ -266,9 +266,7 @@ def _release() -> None:
         torch.cuda.empty_cache()
 
 
-def fine_tune(
-    run: dict[str, Any], checkpoints: Path, data: Path, num_seeds: int, tiny: bool
-) -> dict[str, Any]:
+def fine_tune(run: dict[str, Any], checkpoints: Path, args: argparse.Namespace) -> dict[str, Any]:
     """GLUE of a run's checkpoint: the complete tasks, by the published settings.
 
     MNLI too, because three of them start from it; its part of the data counts for no mean. In bf16
@@ -279,15 +277,16 @@ def fine_tune(
     tasks: dict[str, Any] = {}
     for name in ("mnli", *GLUE_TASKS):
         kwargs: dict[str, Any] = {"save_num_checkpoints_to_keep": int(name == "mnli")}
-        if tiny:
+        if args.tiny:
             kwargs |= {"max_duration": "2ba"}
-        tasks[name] = {"seeds": list(TASKS[name].seeds[:num_seeds]), "trainer_kwargs": kwargs}
+        seeds = list(TASKS[name].seeds[: args.glue_seeds])
+        tasks[name] = {"seeds": seeds, "trainer_kwargs": kwargs}
     names = ("precision", "device", "tokenizer_name", "algorithms")
     if config.get("precision") == "fp8":
         config = config | {"precision": "amp_bf16"}
     suite = {
         "base_run_name": "glue",
-        "data_dir": str(data),
+        "data_dir": str(args.glue),
         "parallel": True,
         "jobs_per_gpu": "auto",
         "model": config["model"],
@@ -300,7 +299,7 @@ def fine_tune(
         **{name: config[name] for name in names if config.get(name) is not None},
     }
     try:
-        mosaicbert.glue(suite)
+        mosaicbert.glue(suite, args.glue_override)
     except ModuleNotFoundError as error:  # of the picture, which comes after the scores
         if error.name != "matplotlib":
             raise
@@ -308,7 +307,8 @@ def fine_tune(
     return {
         "mean": statistics.fmean(found["task_means"][name] for name in GLUE_TASKS),
         "tasks": found["task_means"],
-        "num_seeds": num_seeds,
+        "num_seeds": args.glue_seeds,
+        "overrides": args.glue_override,
         "scores": found["scores"],
         "seconds": time.monotonic() - began,
     }
@@ -374,6 +374,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with train/ and val/")
     parser.add_argument("--keep", type=Path, help="folder to leave the runs' checkpoints in")
     parser.add_argument("--glue", type=Path, help="folder of GLUE: fine-tune what --keep holds")
+    parser.add_argument("--glue_override", action="append", default=[], help="key=value")
     parser.add_argument("--glue_seeds", type=int, default=1, help="of each task's published ones")
     parser.add_argument("--target", type=float, action="append", default=[], help="a loss")
     parser.add_argument("--compare", nargs=2, action="append", default=[], metavar=("A", "B"))
@@ -422,7 +423,7 @@ def main() -> int:
     for run in whole if args.glue else []:
         checkpoints = checkpoints_of(run, args.keep)
         if "glue" not in run and checkpoints.exists():
-            run["glue"] = fine_tune(run, checkpoints, args.glue, args.glue_seeds, args.tiny)
+            run["glue"] = fine_tune(run, checkpoints, args)
             write(args, runs, environment)
     log("\n" + table(runs))
     for loss in args.target:
