@@ -37,6 +37,8 @@ MAX_BIAS_ELEMENTS = 1 << 27
 """`sdpa` takes sequences in groups whose bias has at most this many elements."""
 MAX_BY_PRODUCTS = 256
 """`sdpa` in bfloat16 on a CPU: up to this length products beat torch's own on the way back."""
+MAX_SCORES = 1 << 26
+"""Where they are products, so many scores are kept for that: 128 MB a layer."""
 
 
 class AttentionPlan(NamedTuple):
@@ -292,7 +294,7 @@ def _sdpa(qkv: Tensor, plan: AttentionPlan) -> Tensor:
 def _padded_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout_p: float) -> Tensor:
     """Of `(batch, heads, seq, head_dim)`, by torch's function or, where faster, by products."""
     is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
-    if not is_slow or q.shape[2] > MAX_BY_PRODUCTS:
+    if not is_slow or q.shape[2] > MAX_BY_PRODUCTS or bias.numel() > MAX_SCORES:
         return F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout_p)
     flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
     scale = 1 / math.sqrt(q.shape[-1])
