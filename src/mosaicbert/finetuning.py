@@ -195,9 +195,9 @@ def finetune(
     tokenizer = load_tokenizer(config.tokenizer_name)
     tokenizer.model_max_length = config.max_seq_len  # what `predict` cuts texts to
     model = _model(config, train, len(tokenizer))
-    if config.load_path:
+    if start := run.starting_weights(config):
         with run.naming("load_path"):
-            load_weights(model, config.load_path, new_head=new_head)
+            load_weights(model, start, new_head=new_head)
     if config.class_weights is not None:
         model.class_weights = _weights(train)
 

@@ -43,9 +43,9 @@ def _pretrain(config: PretrainConfig) -> TrainResult:
                 vocab_size=len(tokenizer),
             )
         model.mlm_share = _mean_mask_rate(config)  # counts the head's FLOPs
-        if config.load_path and config.load_weights_only:
+        if config.load_weights_only and (start := run.starting_weights(config)):
             with run.naming("load_path"):
-                load_weights(model, config.load_path)
+                load_weights(model, start)
         shape: dict[str, Any] = {
             "rank": ranks.rank,
             "world_size": ranks.world_size,

@@ -30,6 +30,7 @@ from mosaicbert.train.loggers import build_loggers
 from mosaicbert.train.metrics import MetricFactory
 from mosaicbert.train.monitors import build_monitors
 from mosaicbert.train.record import Logger, TrainResult
+from mosaicbert.train.store import SaveFolder
 from mosaicbert.train.trainer import Trainer
 
 GRAPH_MULTIPLE = 16
@@ -68,6 +69,17 @@ def _seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def starting_weights(config: TrainerConfig) -> str | None:
+    """`load_path`, whose weights to start from; None where `autoresume` has more to go on from."""
+    if config.load_path is None:
+        return None
+    if config.autoresume and config.save_folder is not None:
+        folder = SaveFolder(config.save_folder.replace("{run_name}", config.run_name))
+        if folder.newest() is not None:
+            return None
+    return config.load_path.replace("{run_name}", config.run_name)
 
 
 def set_log_level(level: str | None) -> None:

@@ -127,6 +127,8 @@ def test_our_own_save_folder(tmp_path):
     (tmp_path / "latest").write_text("ep0-ba10\n")
     same_logits(load(tmp_path), model)
     same_logits(load(f"file://{tmp_path}"), model)
+    same_logits(load(tmp_path / "latest"), model)  # as a run's `load_path` may be written
+    same_logits(load(f"file://{tmp_path}/latest"), model)
 
 
 def test_a_plain_bert(tmp_path):
@@ -249,6 +251,16 @@ def test_another_number_of_heads_is_refused(tmp_path):
     mosaic().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="num_attention_heads: 2"):
         load_weights(mosaic(num_attention_heads=4), tmp_path)
+
+
+def test_another_activation_or_epsilon_is_refused(tmp_path):
+    """They are in no weight's shape, and change what all of them compute."""
+    HubBert(BertConfig(vocab_size=96, **SHAPE, hidden_act="relu")).save_pretrained(tmp_path / "a")
+    HubBert(BertConfig(vocab_size=96, **SHAPE, layer_norm_eps=0.1)).save_pretrained(tmp_path / "b")
+    plain = HubBert(BertConfig(vocab_size=96, **SHAPE))
+    for name, said in (("a", "hidden_act: 'relu'"), ("b", "layer_norm_eps: 0.1")):
+        with pytest.raises(CheckpointError, match=said):
+            load_weights(plain, tmp_path / name)
 
 
 class Attack:

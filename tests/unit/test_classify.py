@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from tiny_run import ALONE
 from mosaicbert.config import ClassifyConfig, check
 from mosaicbert.data.examples import Examples
 from mosaicbert.data.tokens import TokenExamples
-from mosaicbert.errors import ConfigError
+from mosaicbert.errors import CheckpointError, ConfigError
 from mosaicbert.finetuning import KINDS, classify, read_data
 from mosaicbert.models.heads import PROBLEM_TYPES
 from mosaicbert.models.register import TASKS
@@ -175,3 +176,19 @@ def test_ranks_share_the_review(tmp_path, monkeypatch):
     ranks = FirstOfThree([[found[1]], [found[2]]])
     errors = errors_of(examples, found, tmp_path, monkeypatch, ranks)
     assert [error["text"] for error in errors] == ["text 3"]
+
+
+def test_weights_to_start_from(tmp_path, monkeypatch):
+    """`{run_name}` and `latest` are understood; where autoresume goes on, they are not needed."""
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path)
+    keys = {"run_folder": None, "run_name": "one", "save_folder": "{run_name}/ck"}
+    first = classify(YAML | keys | {"max_duration": "2ba"})
+    other = {"save_folder": "other", "load_path": "{run_name}/ck/latest"}
+    second = classify(YAML | keys | other | {"max_duration": "2ba"})
+    assert first.checkpoint != second.checkpoint
+    shutil.rmtree("one")
+    resumed = classify(YAML | keys | other | {"max_duration": "4ba", "autoresume": True})
+    assert resumed.checkpoint.endswith("-ba4")
+    with pytest.raises(CheckpointError, match="one/ck/latest does not exist"):
+        classify(YAML | keys | other | {"save_folder": "fresh", "max_duration": "2ba"})

@@ -87,6 +87,26 @@ def test_mistakes_name_their_key(word, said):
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["model", "train_loader.dataset", "eval_loader.dataset"])
+def test_data_model_and_checkpoints_have_one_tokenizer(key):
+    """The section's own can only repeat the top-level one, which the others get."""
+    with pytest.raises(ConfigError, match=rf"{key}\.tokenizer_name is 'mine', but tokenizer_name"):
+        load_config(PretrainConfig, TEST_YAML, [f"{key}.tokenizer_name=mine"])
+    config = load_config(PretrainConfig, TEST_YAML, ["tokenizer_name=mine"])
+    assert config.train_loader.dataset.tokenizer_name == "mine"  # ${tokenizer_name}
+    values = config.model_dump(mode="json", by_alias=True)
+    for section in (values["model"], values["train_loader"]["dataset"]):
+        del section["tokenizer_name"]
+    config = load_config(PretrainConfig, values)
+    assert config.train_loader.dataset.tokenizer_name == config.model.tokenizer_name == "mine"
+
+
+def test_loaders_of_classification_have_the_tokenizer_of_the_run():
+    path = TEST_YAML.with_name("sequence_classification.yaml")
+    with pytest.raises(ConfigError, match=r"eval_loader\.tokenizer_name is 'mine'"):
+        load_config(ClassifyConfig, path, ["eval_loader.tokenizer_name=mine"])
+
+
 def test_a_key_of_the_files_own_is_free_if_something_uses_it(tmp_path):
     text = TEST_YAML.read_text().replace("max_duration: 10ba", "max_duration: ${length}")
     path = tmp_path / "own.yaml"

@@ -105,7 +105,7 @@ class PretrainConfig(TrainerConfig):
     max_seq_len: PositiveInt = 128
     """Tokens of a sample, for `${max_seq_len}`."""
     tokenizer_name: str = "bert-base-uncased"
-    """Tokenizer, for `${tokenizer_name}`."""
+    """Tokenizer of data, model and checkpoints: a known name, a hub id or a folder."""
     mlm_probability: Probability | list[Probability] = 0.15
     """Share of tokens to predict, for `${mlm_probability}`; two values: moved over the run."""
     batch_size_warmup: BatchSizeWarmupConfig | None = None
@@ -146,7 +146,7 @@ class ClassifyConfig(TrainerConfig):
     max_seq_len: PositiveInt = 256
     """Tokens of a sample, for `${max_seq_len}`."""
     tokenizer_name: str = "bert-base-uncased"
-    """Tokenizer, for `${tokenizer_name}`."""
+    """Tokenizer of data, model and checkpoints: a known name, a hub id or a folder."""
     model: ModelConfig
     """Architecture and weights."""
     data: OwnDataConfig | None = None
@@ -208,7 +208,7 @@ class GlueConfig(Strict):
     data_dir: str | None = None
     """Folder of the tasks (parquet or TSV, named as on the hub), or `sample`. Default: the hub."""
     tokenizer_name: str = "bert-base-uncased"
-    """Tokenizer."""
+    """Tokenizer of data, model and checkpoints: a known name, a hub id or a folder."""
     max_seq_len: PositiveInt = 256
     """Tokens of a sample."""
     model: ModelConfig

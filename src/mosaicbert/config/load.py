@@ -57,7 +57,30 @@ def load_config(
     assert isinstance(values, dict)
     known = schema.model_fields
     values = {str(k): v for k, v in values.items() if k in known or k not in used}
-    return check(schema, _without_nulls(values), where)
+    config = check(schema, _without_nulls(values), where)
+    _share_tokenizer(config, where)
+    return config
+
+
+def _share_tokenizer(config: Any, where: str) -> None:
+    """Give the top-level tokenizer to the sections that name none; another one is an error.
+
+    What encodes the data, sizes the vocabulary and goes into checkpoints must be the same.
+    """
+    name = getattr(config, "tokenizer_name", None)
+    for key in ("model", "train_loader", "eval_loader"):
+        section: Any = getattr(config, key, None)
+        if hasattr(section, "dataset"):
+            key, section = f"{key}.dataset", section.dataset
+        if not hasattr(section, "tokenizer_name"):
+            continue
+        if "tokenizer_name" in section.model_fields_set and section.tokenizer_name != name:
+            raise ConfigError(
+                f"{where}: {key}.tokenizer_name is {section.tokenizer_name!r}, but tokenizer_name "
+                f"is {name!r}. Data, model and checkpoints share one: set tokenizer_name, and "
+                "leave the others out."
+            )
+        section.tokenizer_name = name
 
 
 def check(schema: type[Schema], values: Mapping[str, Any], where: str = "configuration") -> Schema:

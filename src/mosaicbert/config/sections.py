@@ -69,7 +69,7 @@ class ModelConfig(Strict):
     pretrained_model_name: str = "bert-base-uncased"
     """Whose shape (and, with `use_pretrained`, weights) to take: a known name, hub id or folder."""
     tokenizer_name: str | None = None
-    """Tokenizer: a known name, a hub id or a folder. Default: `pretrained_model_name`."""
+    """If given, the same as the top-level `tokenizer_name`."""
     use_pretrained: bool = False
     """Start from the published weights of `pretrained_model_name`."""
     pretrained_checkpoint: str | None = None
@@ -114,7 +114,7 @@ class DatasetConfig(Strict):
     streams: dict[str, StreamConfig] | None = None
     """Several sources in place of one."""
     tokenizer_name: str = "bert-base-uncased"
-    """Tokenizer: a known name, a hub id or a folder."""
+    """If given, the same as the top-level `tokenizer_name`."""
     max_seq_len: PositiveInt = 128
     """Tokens of a sample, special ones included; longer texts are cut."""
     mlm_probability: Probability | list[Probability] | None = None
@@ -179,7 +179,7 @@ class TaskLoaderConfig(Strict):
     split: str
     """Which part of the data."""
     tokenizer_name: str | None = None
-    """Tokenizer. Default: the top-level `tokenizer_name`."""
+    """If given, the same as the top-level `tokenizer_name`."""
     max_seq_len: PositiveInt | None = None
     """Tokens of a sample. Default: the top-level `max_seq_len`."""
     shuffle: bool = False

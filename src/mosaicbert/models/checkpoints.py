@@ -38,6 +38,8 @@ HEADS = ("cls.", "classifier.", "bert.pooler.", "pooler.")
 """What belongs to a task: may be missing as a whole, and is left out for another task."""
 MEANING = (
     "num_attention_heads",
+    "hidden_act",
+    "layer_norm_eps",
     "gated_linear_units",
     "alibi",
     "pre_norm",

@@ -34,6 +34,8 @@ def local_copy(path: str | Path) -> Iterator[Path]:
     text = str(path)
     if "://" not in text:
         local = Path(text).expanduser()
+        if local.name == LATEST and local.is_file():  # means its save folder
+            local = local.parent
         yield local if local.exists() else _from_hub(text)
         return
     try:
@@ -68,6 +70,8 @@ def _copy(files: Any, source: str, target: Path) -> None:
 def _fetch(uri: str, folder: Path) -> Path:
     files, root = url_to_fs(uri, use_listings_cache=False)
     kind = _kind(files, root)
+    if kind == "file" and Path(root).name == LATEST:
+        root, kind = str(Path(root).parent), "directory"
     if kind == "file":
         target = folder / Path(root).name
         _copy(files, root, target)
@@ -77,7 +81,7 @@ def _fetch(uri: str, folder: Path) -> Path:
     if _kind(files, f"{root}/{LATEST}") == "file":
         named = files.cat_file(f"{root}/{LATEST}").decode(errors="replace").strip()
         if named in ("", ".", "..") or "/" in named:
-            raise CheckpointError(f"{uri}/{LATEST} names {named!r}, which is no folder beside it.")
+            raise CheckpointError(f"{LATEST} of {uri} names {named!r}, no folder beside it.")
         root = f"{root}/{named}"
     for entry in files.ls(root, detail=False):
         name = Path(entry).name
