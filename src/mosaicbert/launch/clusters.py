@@ -258,17 +258,9 @@ def _read_commands(script: str, run: CloudRun) -> None:
             run.overrides += [word for word in words if "=" in word and not word.startswith("-")]
         elif converters:
             flags = words[words.index(converters[0]) + 1 :]
-            run.preparation.append(_once(shlex.join(["mosaicbert", "convert", *flags]), flags))
+            run.preparation.append(shlex.join(["mosaicbert", "convert", *flags]))
         elif words and words[0] != "cd":
             run.left_out.append(f"command: {shlex.join(words)}")
-
-
-def _once(command: str, flags: list[str]) -> str:
-    """The conversion, unless an earlier attempt of the job has done it."""
-    if "--out_root" not in flags[:-1]:
-        return command
-    folder = flags[flags.index("--out_root") + 1]
-    return f"test -e {shlex.quote(folder)} || {command}"
 
 
 def _environ(variables: Any) -> dict[str, str]:
