@@ -31,6 +31,7 @@ CASES = {
     "job.jobset.yaml": ["--to=kubernetes", "job.yaml", "--nodes=2", "--volume=c4:/data"],
     "job.sky.yaml": ["--to=skypilot", "job.yaml", "--nodes=2", "--gpu_type=H100", "--env=A=b c"],
     "mcloud_run.sbatch": ["--to=slurm", "mcloud_run.yaml"],
+    "mcloud_run-container.sbatch": ["--to=slurm", "mcloud_run.yaml", "--image=me/bert:1"],
     "mcloud_run.jobset.yaml": ["--to=kubernetes", "mcloud_run.yaml", "--secret=keys"],
     "mcloud_run.sky.yaml": ["--to=skypilot", "mcloud_run.yaml"],
     "glue.jobset.yaml": ["--to=kubernetes", "glue.yaml", "--gpus=4"],
@@ -124,6 +125,15 @@ def test_the_originals_preparation_and_overrides_are_carried_over(tmp_path):
     (tmp_path / "again" / "my-copy-c4").mkdir()
     again, _ = run_script(script, tmp_path / "again", **SLURM)
     assert again[0] == calls[0], "a folder that is there may be that of a conversion cut short"
+
+
+def test_with_an_image_the_preparation_runs_in_the_container_too(tmp_path):
+    script = rendered("--to=slurm", GOLDEN / "mcloud_run.yaml", "--image=me/bert:1", "--cpus=4")
+    calls, _ = run_script(script, tmp_path, **SLURM)
+    container = f"--container-image=me/bert:1 --container-mounts={tmp_path} --container-workdir="
+    prepare = f"srun --nodes=1 --ntasks=1 --cpus-per-task=32 {container}{tmp_path} "
+    assert calls[0].startswith(f"{prepare}mosaicbert convert --dataset c4 ")
+    assert calls[1].startswith(f"srun --kill-on-bad-exit=1 {container}{tmp_path} mosaicbert ")
 
 
 def test_the_skypilot_task_tells_each_machine_its_place(tmp_path):

@@ -33,6 +33,7 @@ class ClusterJob:
     image: str | None
     environ: dict[str, str]
     preparation: list[str]
+    """Commands before the job, one a line."""
     left_out: list[str]
     cpus: int
     time: str
@@ -83,8 +84,11 @@ def render_slurm(job: ClusterJob) -> str:
         "signal": "TERM@120",
     }
     head = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
-    container = f" --container-image={shlex.quote(job.image)}" if job.image else ""
-    mounts = ' --container-mounts="$PWD" --container-workdir="$PWD"' if job.image else ""
+    container, prepare = "", ""
+    if job.image:
+        mounts = '--container-mounts="$PWD" --container-workdir="$PWD"'
+        container = f"--container-image={shlex.quote(job.image)} {mounts} "
+        prepare = f"srun --nodes=1 --ntasks=1 --cpus-per-task={job.cpus * job.gpus} {container}"
     lines = [
         "#!/bin/bash",
         *(f"# {note}" for note in job.notes("slurm", "sbatch FILE")),
@@ -95,8 +99,8 @@ def render_slurm(job: ClusterJob) -> str:
         *_write_config('"$config"', job, 'config="$PWD/$SLURM_JOB_NAME-$SLURM_JOB_ID.yaml"'),
         "",
         *job.exports(),
-        *job.preparation,
-        f"exec srun --kill-on-bad-exit=1{container}{mounts} {job.line('$config')}",
+        *(f"{prepare}{line}" for line in job.preparation),
+        f"exec srun --kill-on-bad-exit=1 {container}{job.line('$config')}",
     ]
     return "\n".join(lines) + "\n"
 

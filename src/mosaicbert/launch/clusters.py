@@ -56,7 +56,7 @@ class CloudRun:
     environ: dict[str, str] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     preparation: list[str] = field(default_factory=list)
-    """Shell commands before the job."""
+    """Commands before the job, one a line."""
     left_out: list[str] = field(default_factory=list)
     """What the file said and nothing here stands for."""
 
