@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from mosaicbert.errors import ConfigError
-from mosaicbert.launch.clusters import add_arguments, kind_of, main, render
+from mosaicbert.launch.clusters import add_arguments, kind_of, main, read_run, render
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "clusters"
 EXAMPLES = Path(__file__).parents[2] / "yamls" / "cluster"
@@ -214,6 +214,31 @@ def test_unknown_keys_of_a_cloud_run(tmp_path):
     path.write_text("compute: {gpu: 1}\nparameters: {}\n")
     with pytest.raises(ConfigError, match=r"compute\.gpu: unknown key"):
         rendered("--to=slurm", path)
+
+
+@pytest.mark.parametrize(
+    ("line", "overrides", "left_out"),
+    [
+        ("echo it's on", [], ["command: echo it's on"]),
+        (
+            "composer main.py p.yaml run_name='x",
+            [],
+            ["command: composer main.py p.yaml run_name='x"],
+        ),
+        ("composer main.py p.yaml seed=1 # it's on", ["seed=1"], []),
+        (
+            "A=b KEY='c d' composer main.py seed=1",
+            ["seed=1"],
+            [f"variable of the command: {name} (give it by --env)" for name in ("A", "KEY")],
+        ),
+        ("composer -n=8 main.py --v=1 seed=1", ["seed=1"], []),
+    ],
+)
+def test_commands_of_a_cloud_run(line, overrides, left_out, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"command": line, "parameters": {}}))
+    run = read_run(path)
+    assert (run.overrides, run.left_out) == (overrides, left_out)
 
 
 def test_main_writes_the_file(tmp_path, capsys):

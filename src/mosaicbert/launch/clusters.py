@@ -251,16 +251,28 @@ def _read_cloud_run(values: dict[str, Any], path: Path) -> CloudRun:
 def _read_commands(script: str, run: CloudRun) -> None:
     """The original's commands in ours: its three scripts, and the conversion before them."""
     for line in script.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # such as a quote that ends on another line
+            run.left_out.append(f"command: {line.strip()}")
+            continue
         scripts = [word for word in words if Path(word).name in SCRIPTS]
         converters = [word for word in words if Path(word).name == "convert_dataset.py"]
         if scripts:
-            run.overrides += [word for word in words if "=" in word and not word.startswith("-")]
+            at = words.index(scripts[0])
+            run.overrides += _assignments(words[at:])
+            for word in _assignments(words[:at]):
+                name = word.partition("=")[0]
+                run.left_out.append(f"variable of the command: {name} (give it by --env)")
         elif converters:
             flags = words[words.index(converters[0]) + 1 :]
             run.preparation.append(shlex.join(["mosaicbert", "convert", *flags]))
         elif words and words[0] != "cd":
             run.left_out.append(f"command: {shlex.join(words)}")
+
+
+def _assignments(words: list[str]) -> list[str]:
+    return [word for word in words if "=" in word and not word.startswith("-")]
 
 
 def _environ(variables: Any) -> dict[str, str]:
