@@ -49,6 +49,15 @@ def test_one_process_a_gpu_or_as_many_as_told(words, gpus):
     assert share.num_nodes == 1
 
 
+def test_one_machine_of_a_told_size():
+    share = plan("--world_size=2", "--node_rank=0", "--master_addr=10.0.0.1", gpus=8)
+    assert (share.nproc, share.world_size, share.node_rank) == (2, 2, 0)
+    assert plan("--world_size=1", gpus=8) is None
+    assert plan("--nproc=2", "--world_size=2", gpus=8).nproc == 2
+    assert plan("--nproc=2", "--master_port=7501").master_port == 7501
+    assert plan("--world_size=2", gpus=8, MASTER_PORT="7501").master_port == 7501
+
+
 def test_under_torchrun_the_process_joins():
     assert plan(gpus=8, RANK="3", WORLD_SIZE="16", LOCAL_RANK="3") is None
     with pytest.raises(ConfigError, match="LOCAL_RANK"):
@@ -91,6 +100,12 @@ def test_each_process_is_told_its_place():
         (["--world_size", "16"], {}, "--node_rank.*--master_addr"),
         (["--node_rank", "1"], {}, "need --world_size"),
         (["--nproc", "5"], VARIABLES, "not a multiple"),
+        (["--world_size", "2", "--node_rank", "1"], {}, "node_rank 1: .*--nproc"),
+        ([], VARIABLES | {"WORLD_SIZE": "8"}, "node_rank 1: .*--nproc"),
+        ([], VARIABLES | {"WORLD_SIZE": "1"}, "node_rank 1: .*--nproc"),
+        ([], {"WORLD_SIZE": "2", "NODE_RANK": "x"}, "NODE_RANK"),
+        (["--nproc", "4", "--world_size", "2"], {}, "world_size 2 .*--nproc 4"),
+        (["--nproc", "2", "--master_port", "0"], {}, "MASTER_PORT"),
         ([], VARIABLES | {"NODE_RANK": "2"}, "numbered from 0"),
         ([], VARIABLES | {"NODE_RANK": "x"}, "NODE_RANK"),
         ([], VARIABLES | {"MASTER_PORT": "-1"}, "MASTER_PORT"),

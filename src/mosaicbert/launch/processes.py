@@ -127,7 +127,12 @@ def decide(
     if told["world_size"] is None:
         if args.node_rank is not None or args.master_addr is not None:
             raise ConfigError("--node_rank and --master_addr need --world_size (or WORLD_SIZE).")
-        return None if nproc == 1 else _alone_here(nproc)
+        return None if nproc == 1 else _alone_here(nproc, told)
+    if args.nproc is not None and _number(told, "world_size", 1) < args.nproc:
+        raise ConfigError(
+            f"world_size {told['world_size']} is less than --nproc {args.nproc}. world_size counts "
+            "the processes of all machines together: raise it, or lower --nproc."
+        )
     return _told_share(told, nproc)
 
 
@@ -140,7 +145,13 @@ def _told(args: argparse.Namespace, environ: Mapping[str, str], name: str) -> st
 def _told_share(told: Mapping[str, str | None], nproc: int) -> NodeShare | None:
     world_size = _number(told, "world_size", 1)
     if world_size <= nproc:  # one machine; fewer processes than GPUs are fine
-        return None if world_size == 1 else _alone_here(world_size)
+        if told["node_rank"] is not None and _number(told, "node_rank", 0) > 0:
+            raise ConfigError(
+                f"node_rank {told['node_rank']}: world_size {world_size} counts the processes of "
+                f"all machines together, and this one alone takes {nproc}, so there is no other. "
+                "Raise world_size, or set by --nproc how many each machine takes."
+            )
+        return None if world_size == 1 else _alone_here(world_size, told)
     missing = [name for name in ("node_rank", "master_addr") if told[name] is None]
     if missing:
         flags = " and ".join(f"--{name} ({name.upper()})" for name in missing)
@@ -159,7 +170,7 @@ def _told_share(told: Mapping[str, str | None], nproc: int) -> NodeShare | None:
             f"node_rank {node_rank}: world_size {world_size} with {nproc} processes a machine "
             f"makes {world_size // nproc} machines, numbered from 0."
         )
-    port = DEFAULT_PORT if told["master_port"] is None else _number(told, "master_port", 1)
+    port = _port(told) or DEFAULT_PORT
     return NodeShare(nproc, world_size, node_rank, str(told["master_addr"]), port)
 
 
@@ -170,8 +181,12 @@ def _number(told: Mapping[str, str | None], name: str, least: int) -> int:
     return int(text)
 
 
-def _alone_here(nproc: int) -> NodeShare:
-    return NodeShare(nproc, nproc, 0, "127.0.0.1", free_port())
+def _port(told: Mapping[str, str | None]) -> int | None:
+    return None if told["master_port"] is None else _number(told, "master_port", 1)
+
+
+def _alone_here(nproc: int, told: Mapping[str, str | None]) -> NodeShare:
+    return NodeShare(nproc, nproc, 0, "127.0.0.1", _port(told) or free_port())
 
 
 def _slurm_tasks(environ: Mapping[str, str]) -> int:
