@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 from mosaicbert.errors import ConfigError
 
@@ -62,11 +63,10 @@ class Duration:
         return cls(value, unit)
 
     def __str__(self) -> str:
-        return (
-            f"{self.value:g}{self.unit}"
-            if self.value != int(self.value)
-            else f"{int(self.value)}{self.unit}"
-        )
+        """As `parse` reads it: every digit, and no exponent."""
+        if self.value == int(self.value):
+            return f"{int(self.value)}{self.unit}"
+        return f"{Decimal(repr(float(self.value))):f}{self.unit}"
 
 
 @dataclass(slots=True)

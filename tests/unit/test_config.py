@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mosaicbert.config import (
@@ -177,6 +177,17 @@ def test_any_mapping_is_an_error_for_people(values):
 def test_time_strings(text, value, unit):
     assert Duration.parse(text) == Duration(value, unit)
     assert Duration.parse(str(Duration.parse(text))) == Duration(value, unit)
+
+
+@given(
+    st.builds(Duration, st.floats(0, allow_infinity=False), st.sampled_from(["dur", "sec"]))
+    | st.builds(Duration, st.integers(0, 2**53), st.sampled_from(["ep", "ba", "sp", "tok"]))
+)
+@example(Duration(0.00005, "dur"))
+@example(Duration(1234567.5, "sec"))
+@example(Duration(0.123456789, "dur"))
+def test_a_time_can_be_read_as_it_is_written(duration):
+    assert Duration.parse(str(duration)) == duration
 
 
 @pytest.mark.parametrize("text", ["", "ba", "10", "10b", "-1ba", "0.5ba", "1e", "h", "nanba", True])
