@@ -115,6 +115,16 @@ def test_alibi_sees_no_padding_and_knows_no_limit():
     assert model(torch.ones(1, 40, dtype=torch.long)).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_alibi_trains_in_bfloat16(gated):
+    config = HfBertConfig(alibi=True, gated_linear_units=gated, **SHAPE)
+    model = hf_bert.HfBertForMaskedLM(config).bfloat16()
+    loss = model.loss(batch(torch.tensor([5, 11]), torch.tensor([1, 7]))).loss_sum
+    loss.backward()
+    assert loss.isfinite()
+    assert model.bert.embeddings(IDS).dtype == torch.bfloat16
+
+
 def test_a_sequence_beyond_the_position_table():
     model = hf_bert.BertForMaskedLM(BertConfig(**SHAPE))
     with pytest.raises(ConfigError, match="position table of this BERT, 16"):

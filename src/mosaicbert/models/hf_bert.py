@@ -50,8 +50,11 @@ class NoPositions(nn.Module):
     """Stands in for the position embeddings: adds nothing."""
 
     def forward(self, position_ids: Tensor) -> Tensor:
-        """`(batch, seq)` -> zeros that broadcast over the hidden size."""
-        return torch.zeros(*position_ids.shape, 1, device=position_ids.device)
+        """`(batch, seq)` -> zeros that broadcast over the hidden size.
+
+        They are whole numbers, so that the sum keeps the dtype of the embeddings.
+        """
+        return torch.zeros_like(position_ids).unsqueeze(-1)
 
 
 def _before_encoder(bert: hf.BertModel, args: Any, kwargs: dict[str, Any]) -> Any:
