@@ -74,6 +74,9 @@ def test_main_recipe_has_the_published_values():
         ("optimizer=5", "optimizer: 5 is not allowed: must be a section of keys"),
         ("optimizer.lr=-1", "optimizer.lr: -1 is not allowed: must be greater than 0"),
         ("foo=1", "foo: unknown key. Allowed here: run_name, seed"),
+        ("seed=-1", "seed: -1 is not allowed: must be greater than or equal to 0"),
+        ("seed=4294967296", "seed: 4294967296 is not allowed: must be less than or equal to"),
+        ("train_loader.dataset.shuffle_seed=-1", "dataset.shuffle_seed: -1 is not allowed"),
         ("max_duration=", "max_duration: this key is needed"),
         ("foo", '"foo" is no override'),
         ("train_loader.dataset.local=${nowhere}", "'nowhere' not found"),
@@ -105,6 +108,12 @@ def test_loaders_of_classification_have_the_tokenizer_of_the_run():
     path = TEST_YAML.with_name("sequence_classification.yaml")
     with pytest.raises(ConfigError, match=r"eval_loader\.tokenizer_name is 'mine'"):
         load_config(ClassifyConfig, path, ["eval_loader.tokenizer_name=mine"])
+
+
+@pytest.mark.parametrize("word", ["default_seed=-1", "tasks.rte.seeds=[1,-1]"])
+def test_seeds_of_glue_are_bounded_too(word):
+    with pytest.raises(ConfigError, match="-1 is not allowed: must be greater than or equal to 0"):
+        load_config(GlueConfig, ROOT / "yamls/test/glue.yaml", [word])
 
 
 def test_a_key_of_the_files_own_is_free_if_something_uses_it(tmp_path):

@@ -15,6 +15,7 @@ from mosaicbert.config.sections import (
     Probability,
     RunName,
     SchedulerConfig,
+    Seed,
     Strict,
     TaskLoaderConfig,
     TimeString,
@@ -26,7 +27,7 @@ class TrainerConfig(Strict):
 
     run_name: RunName = "mosaicbert"
     """Name of the run; `{run_name}` in paths stands for it."""
-    seed: int = 17
+    seed: Seed = 17
     """Seed of weights, dropout and order."""
     device: Literal["cpu", "gpu", "cuda"] | None = None
     """Where to train. Default: a GPU where there is one."""
@@ -170,7 +171,7 @@ class ClassifyConfig(TrainerConfig):
 class GlueTaskConfig(Strict):
     """`tasks.NAME`: what a task does other than the table's defaults."""
 
-    seeds: list[int] | None = None
+    seeds: list[Seed] | None = None
     """One job for each seed."""
     lr: float | None = Field(default=None, gt=0)
     """Peak learning rate."""
@@ -189,7 +190,7 @@ class GlueConfig(Strict):
 
     base_run_name: RunName = "glue"
     """Name of the whole; jobs add task and seed."""
-    default_seed: int = 19
+    default_seed: Seed = 19
     """Seed of the tasks that name none."""
     parallel: bool = False
     """Run jobs side by side: one a GPU, or several processes on a CPU."""

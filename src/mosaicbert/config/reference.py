@@ -213,15 +213,15 @@ def _bounds(schema: dict[str, Any]) -> str:
     above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
     words = []
     if above is not None:
-        words.append(f"above {above:g}")
+        words.append(f"above {above:.10g}")
     if low is not None and high is not None:
-        return f" {low:g} to {high:g}"
+        return f" {low:.10g} to {high:.10g}"
     if low is not None:
-        words.append(f"from {low:g}")
+        words.append(f"from {low:.10g}")
     if high is not None:
-        words.append(f"up to {high:g}")
+        words.append(f"up to {high:.10g}")
     if below is not None:
-        words.append(f"below {below:g}")
+        words.append(f"below {below:.10g}")
     return "".join(f" {word}" for word in words)
 
 

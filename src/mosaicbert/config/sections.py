@@ -45,6 +45,7 @@ RunName = Annotated[str, AfterValidator(_check_run_name)]
 """A run's name: part of paths, so it must not lead out of the folders it is put into."""
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # as NumPy takes it
 
 
 class Strict(BaseModel):
@@ -123,7 +124,7 @@ class DatasetConfig(Strict):
     """Keep the start of a long text, or use all of it as successive samples."""
     shuffle: bool = False
     """Shuffle anew each epoch."""
-    shuffle_seed: int = 9176
+    shuffle_seed: Seed = 9176
     """Seed of the order, the masks and the mixture."""
     shuffle_algo: str | None = None
     """Read for compatibility; there is one algorithm."""
