@@ -74,6 +74,9 @@ def test_main_recipe_has_the_published_values():
         ("optimizer=5", "optimizer: 5 is not allowed: must be a section of keys"),
         ("optimizer.lr=-1", "optimizer.lr: -1 is not allowed: must be greater than 0"),
         ("foo=1", "foo: unknown key. Allowed here: run_name, seed"),
+        ("eval_subset_num_batches=-2", "-2 is not allowed: must be greater than 0 or -1"),
+        ("eval_subset_num_batches=0", "0 is not allowed: must be greater than 0 or -1"),
+        ("train_subset_num_batches=-2", "-2 is not allowed: must be greater than 0 or -1"),
         ("seed=-1", "seed: -1 is not allowed: must be greater than or equal to 0"),
         ("seed=4294967296", "seed: 4294967296 is not allowed: must be less than or equal to"),
         ("train_loader.dataset.shuffle_seed=-1", "dataset.shuffle_seed: -1 is not allowed"),
@@ -108,6 +111,12 @@ def test_loaders_of_classification_have_the_tokenizer_of_the_run():
     path = TEST_YAML.with_name("sequence_classification.yaml")
     with pytest.raises(ConfigError, match=r"eval_loader\.tokenizer_name is 'mine'"):
         load_config(ClassifyConfig, path, ["eval_loader.tokenizer_name=mine"])
+
+
+def test_subsets_may_be_all():
+    words = ["train_subset_num_batches=-1", "eval_subset_num_batches=-1"]
+    config = load_config(PretrainConfig, TEST_YAML, words)
+    assert (config.train_subset_num_batches, config.eval_subset_num_batches) == (-1, -1)
 
 
 @pytest.mark.parametrize("word", ["default_seed=-1", "tasks.rte.seeds=[1,-1]"])

@@ -50,9 +50,9 @@ class TrainerConfig(Strict):
     CPU), and halves when memory runs out."""
     device_eval_batch_size: PositiveInt = 64
     """Samples one device evaluates at a time."""
-    train_subset_num_batches: int | None = None
-    """Batches of an epoch; the rest is left out."""
-    eval_subset_num_batches: int | None = None
+    train_subset_num_batches: PositiveInt | Literal[-1] | None = None
+    """Batches of an epoch; the rest is left out. -1 takes all."""
+    eval_subset_num_batches: PositiveInt | Literal[-1] | None = None
     """Batches of an evaluation; the rest is left out. -1 takes all."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     """The optimizer."""
