@@ -142,6 +142,17 @@ def test_zero_initialised_outputs_survive_loading(tmp_path):
     torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
 
 
+def test_skips_of_a_single_layer_have_no_weights(tmp_path):
+    config = MosaicBertConfig(**{**SHAPE, "num_hidden_layers": 1}, unet_skips=True)
+    model = MosaicBertForMaskedLM(config).eval()
+    assert "bert.encoder.skip_weights" not in model.state_dict()
+    model.loss(batch()).loss_sum.backward()
+    model.save_pretrained(tmp_path)
+    again = MosaicBertForMaskedLM(config).eval()
+    load_weights(again, tmp_path)
+    torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+
+
 def test_rotation_depends_on_the_distance_only():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8)

@@ -238,7 +238,8 @@ class MosaicBertEncoder(nn.Module):
         self.layer = nn.ModuleList(MosaicBertLayer(config, index) for index in range(layers))
         if config.pre_norm:
             self.final_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        if config.unet_skips:  # the first half's outputs, last first, join the second half's inputs
+        if config.unet_skips and layers > 1:
+            # the first half's outputs, last first, join the second half's inputs
             self.skip_weights = nn.Parameter(torch.ones(layers // 2))
         self.fp8 = False  # set by `build.use_fp8`
         self.gradient_checkpointing = False  # both set by `gradient_checkpointing_enable`

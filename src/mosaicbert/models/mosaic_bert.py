@@ -108,7 +108,7 @@ class MosaicBertPreTrainedModel(CheckedModel, PreTrainedModel):  # type: ignore[
             init.zeros_(module.weight)
         if isinstance(module, MosaicBertSelfAttention) and hasattr(module, "value_mix"):
             init.constant_(module.value_mix, 0.5)
-        if isinstance(module, MosaicBertEncoder) and self.config.unet_skips:
+        if isinstance(module, MosaicBertEncoder) and hasattr(module, "skip_weights"):
             init.ones_(module.skip_weights)
 
     def resize_token_embeddings(
