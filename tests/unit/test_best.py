@@ -1,5 +1,6 @@
 """The best evaluation: chosen, kept as a checkpoint, and a reason to stop."""
 
+import json
 import math
 import os
 
@@ -9,7 +10,7 @@ from tiny_run import TinyModel, assert_same, make_trainer, weights
 from mosaicbert.duration import Progress
 from mosaicbert.errors import ConfigError
 from mosaicbert.train.best import Best
-from mosaicbert.train.store import LATEST
+from mosaicbert.train.store import LATEST, SaveFolder
 
 
 def feed(best, *values, name="m/accuracy"):
@@ -132,3 +133,52 @@ def test_a_resumed_run_decides_as_one_that_was_not_cut(tmp_path, cut_at):
     assert again.metrics == whole.metrics == {METRIC: 0.5}
     assert again.checkpoint == str(tmp_path / "cut/ep0-ba4")
     assert_same(again_weights, whole_weights)
+
+
+@pytest.mark.parametrize("to_keep", [-1, 1])
+@pytest.mark.parametrize(
+    ("values", "eval_interval"),
+    [([0.1, 0.2, 0.9], "4ba"), ([0.9], "0ba"), ([0.1, 0.9, 0.2], "4ba")],
+)
+def test_the_last_evaluation_counts_too(tmp_path, values, eval_interval, to_keep):
+    """It comes at a batch that is saved anyway: `best` and the state tell of it all the same."""
+    best = Best(METRIC, keep=True)
+    changes = {"max_duration": "10ba", "save_interval": "5ba", "eval_interval": eval_interval}
+    trainer, _ = scripted_trainer(
+        values,
+        best,
+        save_folder=str(tmp_path),
+        save_num_checkpoints_to_keep=to_keep,
+        **changes,
+    )
+    result = trainer.fit()
+    assert os.readlink(tmp_path / "best") == best.best["checkpoint"]
+    assert result.checkpoint == str(tmp_path / best.best["checkpoint"])
+    assert (tmp_path / "best/state.json").exists()
+    state = json.loads((tmp_path / "ep2-ba10/state.json").read_text())
+    assert [e["metrics"][METRIC] for e in state["evaluations"]] == values
+
+
+@pytest.mark.parametrize("uri", ["{}", "memory://{}"])
+def test_an_evaluation_of_what_is_saved_already_changes_its_state_alone(tmp_path, uri, monkeypatch):
+    """Such as one on a checkpoint that the run was resumed from."""
+    where = uri.format(tmp_path / "ckpt")
+    keys = {"save_folder": where, "max_duration": "3ba", "eval_interval": "0ba"}
+    scripted_trainer([0.1], None, **keys)[0].fit()
+    before = SaveFolder(where).read("ep0-ba3")
+    trainer, _ = scripted_trainer([0.5], Best(METRIC, keep=True), autoresume=True, **keys)
+    monkeypatch.setattr(SaveFolder, "write", lambda *args: pytest.fail("written again"))
+    assert trainer.fit().checkpoint == f"{where}/ep0-ba3"
+    after = SaveFolder(where).read("ep0-ba3")
+    assert_same(before.model, after.model)
+    assert [e["metrics"] for e in after.state["evaluations"]] == [{METRIC: 0.5}]
+    if trainer.saving._writer.folder.is_local:
+        assert os.readlink(tmp_path / "ckpt/best") == "ep0-ba3"
+
+
+def test_a_link_that_a_kill_came_before_is_made_at_the_end(tmp_path):
+    keys = {"save_folder": str(tmp_path), "autoresume": True, "max_duration": "4ba"}
+    scripted_trainer([0.5, 0.4], Best(METRIC, keep=True), **keys)[0].fit()
+    (tmp_path / "best").unlink()
+    scripted_trainer([0.4], Best(METRIC, keep=True), **keys)[0].fit()
+    assert os.readlink(tmp_path / "best") == "ep0-ba2"

@@ -275,7 +275,7 @@ def test_a_kill_between_any_two_renames(tmp_path, monkeypatch, survives, again):
         monkeypatch.setattr(owner, name, call)
     folder = SaveFolder(str(tmp_path))
     taken = []
-    monkeypatch.setattr(CheckpointWriter, "save", lambda self, c: taken.append(c))
+    monkeypatch.setattr(CheckpointWriter, "save", lambda self, c, only_state: taken.append(c))
     trainer.saving.save(trainer.progress)
     with contextlib.suppress(Killed):
         folder.write(taken[0], None)

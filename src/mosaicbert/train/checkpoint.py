@@ -52,6 +52,11 @@ class Checkpoint:
         """Name of its folder: `ep{epoch}-ba{batch}`."""
         return f"ep{self.progress.epoch}-ba{self.progress.batch}"
 
+    @property
+    def state_text(self) -> str:
+        """Content of `state.json`."""
+        return json.dumps(self.state, indent=2, sort_keys=True) + "\n"
+
 
 # --- from a run ----------------------------------------------------------------------------------
 
@@ -190,8 +195,7 @@ def write_folder(
     save_file(checkpoint.optimizer, folder / OPTIMIZER_FILE)
     if write_assets is not None:
         write_assets(folder)
-    text = json.dumps(checkpoint.state, indent=2, sort_keys=True)
-    (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / STATE_FILE).write_text(checkpoint.state_text, encoding="utf-8")
     sync_to_disk([*(path for path in folder.rglob("*") if path.is_file()), folder])
 
 

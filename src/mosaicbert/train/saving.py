@@ -106,12 +106,14 @@ class Saving:
     def save(self, progress: Progress, keep: bool = False) -> None:
         """Begin to write a checkpoint; rank 0 waits for the copy to the host only.
 
-        `keep`: from now on this one stays, in place of the one kept before.
+        `keep`: from now on this one stays, in place of the one kept before. Where it is there
+        already, its state is written again, to tell of the evaluation that it stays for.
         """
-        if keep and self._writer is not None:
-            self._writer.wait()
-            self._writer.kept = f"ep{progress.epoch}-ba{progress.batch}"
-        if self._writer is not None and self.saved_at != progress.batch:
+        if self._writer is not None and (keep or self.saved_at != progress.batch):
+            name = f"ep{progress.epoch}-ba{progress.batch}"
+            only_state = keep and self._newest_after_writing() == self._writer.folder.uri(name)
+            if keep:
+                self._writer.kept = name
             state = {
                 "run_id": self._writer.run_id,
                 "run_name": self.config.run_name,
@@ -123,7 +125,8 @@ class Saving:
                 "evaluations": self.best.evaluations if self.best else [],
                 "monitors": {name: m.state_dict() for name, m in self._stateful.items()},
             }
-            self._writer.save(take_snapshot(self.model, self.optimizer, progress, state))
+            snapshot = take_snapshot(self.model, self.optimizer, progress, state)
+            self._writer.save(snapshot, only_state)
         self.saved_at = progress.batch
 
     def written_batch(self) -> int | None:
@@ -154,8 +157,9 @@ class Saving:
 
     def _close(self) -> str | None:
         newest = self._newest_after_writing()
-        if self._writer is not None:
-            self._writer.remove_old()  # a call that was killed may have left one too many
+        if self._writer is not None:  # a call that was killed may have left one too many
+            self._writer.link_kept()
+            self._writer.remove_old()
         return newest
 
     def _newest_after_writing(self) -> str | None:

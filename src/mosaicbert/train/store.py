@@ -105,15 +105,20 @@ class SaveFolder:
 
     def _point_to(self, name: str) -> None:
         """Let `latest` name a checkpoint, in one go."""
+        self._put(LATEST, name + "\n" if self.is_local else name)
+
+    def _put(self, path: str, text: str) -> None:
+        """Write a text file, or replace it, in one go."""
         if not self.is_local:
-            key = f"{self.root}/{LATEST}"
-            retried(self.uri(LATEST), lambda: self.fs.pipe_file(key, name.encode()))
+            key = f"{self.root}/{path}"
+            retried(self.uri(path), lambda: self.fs.pipe_file(key, text.encode()))
             return
-        pointer = Path(self.root) / f"{PART}{LATEST}"
-        pointer.write_text(name + "\n", encoding="utf-8")
-        sync_to_disk([pointer])
-        os.replace(pointer, Path(self.root) / LATEST)
-        sync_to_disk([Path(self.root)])
+        target = Path(self.root) / path
+        part = Path(self.root) / f"{PART}{target.name}"
+        part.write_text(text, encoding="utf-8")
+        sync_to_disk([part])
+        os.replace(part, target)
+        sync_to_disk([target.parent])
 
     def run_of(self, name: str) -> str | None:
         """Identity of the run that wrote a checkpoint."""
@@ -135,13 +140,21 @@ class SaveFolder:
         else:
             self._upload(checkpoint, write_assets)
 
+    def write_state(self, checkpoint: Checkpoint) -> None:
+        """Replace the state alone of a checkpoint that is whole; then move `latest`."""
+        self._put(f"{checkpoint.name}/{STATE_FILE}", checkpoint.state_text)
+        self._point_to(checkpoint.name)
+
     def link(self, alias: str, name: str) -> None:
-        """Let `alias` lead to a checkpoint, in a local folder; object stores know no links."""
-        if self.is_local:
-            part = Path(self.root) / f"{PART}{alias}"
-            part.unlink(missing_ok=True)
-            part.symlink_to(name)
-            os.replace(part, Path(self.root) / alias)
+        """Let `alias` lead to a checkpoint that is there; object stores know no links."""
+        root, link = Path(self.root), Path(self.root) / alias
+        there = self.is_local and (root / name).exists()
+        if there and not (link.is_symlink() and os.readlink(link) == name):
+            with self._saying_what_fails():
+                part = root / f"{PART}{alias}"
+                part.unlink(missing_ok=True)
+                part.symlink_to(name)
+                os.replace(part, link)
 
     def remove(self, name: str) -> None:
         """Remove a checkpoint; one that is half removed does not count as whole."""

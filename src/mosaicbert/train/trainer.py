@@ -115,16 +115,18 @@ class Trainer:
             self._clock.start(self.progress.seconds)
             self._start_loggers()
             self.model.train()
+            saves = False
             for step, ends_epoch, waited in self._steps():
                 before = replace(self.progress)
                 self._train_step(step, ends_epoch, waited)
-                if self._stop_agreed:
+                saves = self._is_due(self.config.save_interval, before)
+                if self._stop_agreed or self.is_done:
                     break
                 if self._is_due(self.config.eval_interval, before):
                     self.evaluate()
-                if self._is_due(self.config.save_interval, before):
+                if saves:
                     self._save()
-            return self._finish()
+            return self._finish(saves)
 
     def _train_step(self, step: Step, ends_epoch: bool, waited: float) -> None:
         num_targets, num_tokens = self._agree_on(step)
@@ -177,14 +179,14 @@ class Trainer:
         self.saving.save(self.progress)
         self._clock.skip()
 
-    def _finish(self) -> TrainResult:
-        """Evaluate and save what the intervals did not, and say how it went."""
+    def _finish(self, saves: bool) -> TrainResult:
+        """Evaluate, then save (`saves`: the interval asks for it), and say how it went."""
         self._report()
         self.backward.release()
         stopped = self._stop_agreed and not self.is_done
         if not stopped and self._evaluated_at != self.progress.batch:
             self.evaluate()
-        if self.config.save_at_end or stopped:
+        if saves or self.config.save_at_end or stopped:
             self.saving.save(self.progress)
         checkpoint = self.saving.close()
         self._log_checkpoint()

@@ -32,12 +32,17 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def save(self, checkpoint: Checkpoint) -> None:
-        """Begin to write; waits only for a checkpoint that is still being written."""
+    def save(self, checkpoint: Checkpoint, only_state: bool = False) -> None:
+        """Begin to write; waits only for a checkpoint that is still being written.
+
+        `only_state`: it is there already, and new in its state alone.
+        """
         self.wait()
         # Not a daemon: a run that ends in an error still completes its last checkpoint.
         self._thread = threading.Thread(
-            target=self._work, args=(checkpoint,), name=f"checkpoint-{checkpoint.name}"
+            target=self._work,
+            args=(checkpoint, only_state),
+            name=f"checkpoint-{checkpoint.name}",
         )
         self._thread.start()
 
@@ -54,12 +59,14 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    def _work(self, checkpoint: Checkpoint) -> None:
+    def _work(self, checkpoint: Checkpoint, only_state: bool) -> None:
         try:
-            self.folder.write(checkpoint, self._write_assets)
+            if only_state:
+                self.folder.write_state(checkpoint)
+            else:
+                self.folder.write(checkpoint, self._write_assets)
             self.newest = checkpoint.name
-            if checkpoint.name == self.kept:
-                self.folder.link(BEST, checkpoint.name)
+            self.link_kept()
             self.remove_old()
         except MosaicBertError as error:
             self._error = error
@@ -69,6 +76,11 @@ class CheckpointWriter:
                 "rights and connection; with autoresume: true the run goes on from the one before."
             )
             self._error.__cause__ = error
+
+    def link_kept(self) -> None:
+        """Let `best` lead to the one that stays."""
+        if self.kept:
+            self.folder.link(BEST, self.kept)
 
     def remove_old(self) -> None:
         """Remove this run's checkpoints beyond the newest `keep`."""
