@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 
 import pytest
 from tiny_run import TinyModel, assert_same, make_trainer, weights
@@ -182,3 +183,27 @@ def test_a_link_that_a_kill_came_before_is_made_at_the_end(tmp_path):
     (tmp_path / "best").unlink()
     scripted_trainer([0.4], Best(METRIC, keep=True), **keys)[0].fit()
     assert os.readlink(tmp_path / "best") == "ep0-ba2"
+
+
+@pytest.mark.parametrize("values", [[0.5, 0.4, 0.3], [0.1, 0.5, 0.4]])
+def test_a_run_that_is_stopped_before_an_evaluation_decides_as_one_that_was_not(tmp_path, values):
+    def run(folder, values, stop=False):
+        keys = {"save_folder": str(tmp_path / folder), "autoresume": True}
+        trainer, _ = scripted_trainer(values, Best(METRIC, keep=True, patience=2), **keys)
+        step = trainer._train_step
+
+        def train_step(*args):
+            if stop and trainer.progress.batch == 3:
+                trainer.signals._handle(signal.SIGTERM, None)
+            step(*args)
+
+        trainer._train_step = train_step
+        return trainer.fit()
+
+    whole = run("whole", [*values, 0.0])
+    with pytest.raises(SystemExit):
+        run("cut", values[:1], stop=True)
+    again = run("cut", [*values[1:], 0.0])
+    assert (again.progress.batch, again.metrics) == (whole.progress.batch, whole.metrics)
+    assert os.readlink(tmp_path / "cut/best") == os.readlink(tmp_path / "whole/best")
+    assert (tmp_path / "cut/best/state.json").exists()

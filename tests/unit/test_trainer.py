@@ -306,6 +306,26 @@ def test_signals_end_the_run_with_a_checkpoint(tmp_path, number, error):
     assert_same(weights(whole), weights(resumed))
 
 
+@pytest.mark.parametrize("stop_at", [7, 8, 9])
+def test_an_evaluation_that_a_signal_came_before_is_made_up_for(tmp_path, stop_at):
+    changes = {"eval_interval": "4ba", "max_duration": "12ba"}
+    whole, full = make_trainer(**changes)
+    whole.fit()
+    changes |= {"save_folder": str(tmp_path), "autoresume": True}
+    stopped, first = make_trainer(monitors=[Signal(signal.SIGTERM, stop_at - 1)], **changes)
+    with pytest.raises(SystemExit):
+        stopped.fit()
+    assert stopped.progress.batch == stop_at
+    assert list(first.values("metrics/eval/loss")) == ([4, 8] if stop_at == 9 else [4])
+    resumed, rest = make_trainer(**changes)
+    resumed.fit()
+    evaluations = [batch for batch, row in first.rows + rest.rows if "metrics/eval/loss" in row]
+    assert evaluations == [4, 8, 12]
+    for name in ("metrics/eval/loss", "loss/train/total"):
+        assert first.values(name) | rest.values(name) == full.values(name)
+    assert_same(weights(whole), weights(resumed))
+
+
 def test_a_relative_max_duration_is_refused():
     with pytest.raises(ConfigError, match="max_duration"):
         make_trainer(max_duration="0.5dur")

@@ -50,6 +50,8 @@ class Saving:
         """The last checkpoint loaded or written: path or URI."""
         self.saved_at = -1
         """Batch of the last save."""
+        self.owes_evaluation = False
+        """Whether one is due at the step at hand; noted for a run that is stopped before it."""
         self.best: Best | None = None
         self._resumed: dict[str, Any] = {}
         self._stateful: dict[str, Any] = {}
@@ -73,6 +75,7 @@ class Saving:
             checkpoint = self._load(source)
             self.saved_at = checkpoint.progress.batch
             self._resumed = checkpoint.state
+            self.owes_evaluation = bool(checkpoint.state.get("owes_evaluation"))
             self._tell_changes(checkpoint)
         run_id = checkpoint.state["run_id"] if checkpoint else None
         self.ranks.from_first(lambda: self._open(run_id))
@@ -122,6 +125,7 @@ class Saving:
                 "world_size": self.ranks.world_size,
                 "torch": str(torch.__version__),
                 "config": self._settings(),
+                "owes_evaluation": self.owes_evaluation,
                 "evaluations": self.best.evaluations if self.best else [],
                 "monitors": {name: m.state_dict() for name, m in self._stateful.items()},
             }

@@ -115,14 +115,17 @@ class Trainer:
             self._clock.start(self.progress.seconds)
             self._start_loggers()
             self.model.train()
+            if self.saving.owes_evaluation:
+                self.evaluate()
             saves = False
             for step, ends_epoch, waited in self._steps():
                 before = replace(self.progress)
                 self._train_step(step, ends_epoch, waited)
                 saves = self._is_due(self.config.save_interval, before)
+                self.saving.owes_evaluation = self._is_due(self.config.eval_interval, before)
                 if self._stop_agreed or self.is_done:
                     break
-                if self._is_due(self.config.eval_interval, before):
+                if self.saving.owes_evaluation:
                     self.evaluate()
                 if saves:
                     self._save()
@@ -168,6 +171,7 @@ class Trainer:
             self.metrics |= {f"metrics/{name}/{key}": value for key, value in scores.items()}
         self.model.train()
         self._evaluated_at = self.progress.batch
+        self.saving.owes_evaluation = False
         self._log(self.metrics, self.progress)
         if self.best is not None and self.best.add(self.metrics, self.progress) and self.best.keep:
             self.saving.save(self.progress, keep=True)
