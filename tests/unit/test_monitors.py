@@ -156,12 +156,17 @@ def test_nan_can_be_skipped_or_rewound(option, caplog):
     assert "batch 7" in caplog.text
 
 
-def test_skipping_for_ever_stops():
-    checker = health(on_nan="skip")
-    for _ in range(monitors.MAX_SKIPS_IN_A_ROW):
-        assert checker.judge(math.nan, 1.0, AT) == "skip"
-    with pytest.raises(TrainingError, match="in a row"):
-        checker.judge(math.nan, 1.0, AT)
+@pytest.mark.parametrize("option", ["skip", "rewind"])
+@pytest.mark.parametrize("bad", ["nan", "spike"])
+def test_leaving_steps_out_for_ever_stops(bad, option):
+    checker = health(on_nan=option, on_spike=option, spike_factor=2.0)
+    for _ in range(10):
+        checker.judge(1.0, 1.0, AT)
+    losses = iter([math.nan] * 99 if bad == "nan" else [3.0**i for i in range(1, 99)])
+    for _ in range(monitors.MAX_BAD_STEPS_IN_A_ROW):
+        assert checker.judge(next(losses), 1.0, AT) == option
+    with pytest.raises(TrainingError, match="21 steps in a row were skipped or rewound"):
+        checker.judge(next(losses), 1.0, AT)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GIGABYTE = 1e9
-MAX_SKIPS_IN_A_ROW = 20
+MAX_BAD_STEPS_IN_A_ROW = 20
 MIN_LOSSES_FOR_MEDIAN = 10
 
 Verdict = Literal["go", "skip", "rewind"]
@@ -282,13 +282,13 @@ class HealthChecker:
         self.losses: deque[float] = deque(maxlen=config.window_size)
         self.num_bad_steps = 0
         self.num_spikes = 0
-        self._skips_in_a_row = 0
+        self._bad_in_a_row = 0
 
     def judge(self, loss: float, grad_norm: float | None, progress: Progress) -> Verdict:
         """What to do with a step's gradients.
 
         Raises:
-            TrainingError: the options say stop, or too many steps in a row were skipped.
+            TrainingError: the options say stop, or too many steps in a row were left out.
         """
         where = f"batch {progress.batch} (sample {progress.sample})"
         verdict: Verdict = "go"
@@ -303,11 +303,12 @@ class HealthChecker:
                 self.num_spikes += 1
                 what = f"the loss jumped to {loss:.4g} (median {median:.4g}) after {where}"
                 verdict = self._act(self.config.on_spike, what, "on_spike")
-        self._skips_in_a_row = self._skips_in_a_row + 1 if verdict == "skip" else 0
-        if self._skips_in_a_row > MAX_SKIPS_IN_A_ROW:
+        self._bad_in_a_row = 0 if verdict == "go" else self._bad_in_a_row + 1
+        if self._bad_in_a_row > MAX_BAD_STEPS_IN_A_ROW:
             raise TrainingError(
-                f"{self._skips_in_a_row} steps in a row were skipped by the health checker, the "
-                f"last after {where}. Lower optimizer.lr, or go back to an older checkpoint."
+                f"{self._bad_in_a_row} steps in a row were skipped or rewound by the health "
+                f"checker, the last after {where}. Lower optimizer.lr, or go back to an older "
+                "checkpoint."
             )
         return verdict
 
@@ -317,14 +318,14 @@ class HealthChecker:
             "losses": list(self.losses),
             "num_bad_steps": self.num_bad_steps,
             "num_spikes": self.num_spikes,
-            "skips_in_a_row": self._skips_in_a_row,
+            "skips_in_a_row": self._bad_in_a_row,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
         self.losses.extend(state["losses"])
         self.num_bad_steps, self.num_spikes = state["num_bad_steps"], state["num_spikes"]
-        self._skips_in_a_row = state["skips_in_a_row"]
+        self._bad_in_a_row = state["skips_in_a_row"]
 
     def after_step(self, record: StepRecord, trainer: "Trainer") -> dict[str, float]:
         """How many steps were bad so far."""
