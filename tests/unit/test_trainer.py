@@ -326,6 +326,24 @@ def test_an_evaluation_that_a_signal_came_before_is_made_up_for(tmp_path, stop_a
     assert_same(weights(whole), weights(resumed))
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "no checkpoint (save_folder names no place for one)"),
+        ({"save_folder": "x", "save_num_checkpoints_to_keep": 0}, "no checkpoint (save_num"),
+        ({"save_folder": "x"}, "with a checkpoint."),
+    ],
+)
+def test_a_signal_tells_whether_a_checkpoint_will_be(tmp_path, monkeypatch, caplog, changes, said):
+    monkeypatch.chdir(tmp_path)
+    trainer, _ = make_trainer(monitors=[Signal(signal.SIGTERM, 2)], **changes)
+    with pytest.raises(SystemExit):
+        trainer.fit()
+    (line,) = [r.message for r in caplog.records if r.message.startswith("SIGTERM")]
+    assert said in line
+    assert bool(list(tmp_path.glob("x/ep*"))) == ("with a checkpoint" in line)
+
+
 def test_a_relative_max_duration_is_refused():
     with pytest.raises(ConfigError, match="max_duration"):
         make_trainer(max_duration="0.5dur")

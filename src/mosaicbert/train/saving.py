@@ -81,6 +81,15 @@ class Saving:
         self.ranks.from_first(lambda: self._open(run_id))
         return checkpoint.progress if checkpoint else Progress()
 
+    @property
+    def leaves(self) -> str:
+        """What a run that is stopped leaves, in words."""
+        if self.config.save_folder is None:
+            return "no checkpoint (save_folder names no place for one)"
+        if self.config.save_num_checkpoints_to_keep == 0:
+            return "no checkpoint (save_num_checkpoints_to_keep: 0)"
+        return "a checkpoint"
+
     def follow(self, best: Best) -> None:
         """Note the evaluations in each checkpoint from now on; go on from those of the past."""
         self.best = best

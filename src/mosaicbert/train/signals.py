@@ -15,7 +15,9 @@ class StopSignals:
     Outside the main thread, where Python allows no handlers, it does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leaves: str) -> None:
+        """`leaves`: what there will be of the run, such as `a checkpoint`."""
+        self.leaves = leaves
         self.received: signal.Signals | None = None
         self._before: dict[int, Any] = {}
 
@@ -33,7 +35,7 @@ class StopSignals:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        log.warning("%s: the run ends after this step, with a checkpoint.", self.received.name)
+        log.warning("%s: the run ends after this step, with %s.", self.received.name, self.leaves)
 
     def leave(self) -> None:
         """End the process in the way the signal asks for; other ranks' signals count as SIGTERM."""

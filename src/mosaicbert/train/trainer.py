@@ -80,7 +80,7 @@ class Trainer:
         self.optimizer = build_optimizer(model, config.optimizer, ranks)
         self.saving = Saving(config, ranks, model, self.optimizer, self.scaler, write_assets)
         self.best = best
-        self.signals = StopSignals()
+        self.signals = StopSignals(self.saving.leaves)
         self.progress = Progress()
         self.batches_per_epoch: int | None = None
         self.metrics: dict[str, float] = {}
@@ -99,8 +99,8 @@ class Trainer:
     def fit(self) -> TrainResult:
         """Train up to `max_duration`, evaluating and saving on the way and at the end.
 
-        SIGTERM and a first SIGINT end the run after the step at hand, with a checkpoint, by
-        SystemExit(143) and KeyboardInterrupt.
+        SIGTERM and a first SIGINT end the run after the step at hand, with a checkpoint where there
+        is a save folder, by SystemExit(143) and KeyboardInterrupt.
 
         Raises:
             ConfigError, CheckpointError: it cannot start, or a checkpoint cannot be written.
