@@ -1,3 +1,4 @@
+import json
 import math
 from types import SimpleNamespace
 
@@ -128,6 +129,10 @@ def test_optimizer_norms_per_parameter():
     assert metrics["l2_norm/param/weight"] == pytest.approx(float(model.weight.detach().norm()))
     moment = optimizer.state[model.bias]["exp_avg"]
     assert metrics["l2_norm/exp_avg/bias"] == pytest.approx(float(moment.norm()))
+
+    again = OptimizerMonitor(OptimizerMonitorConfig(interval="2ba"), Duration(10, "ba"))
+    again.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    assert again.after_step(record(3), trainer) == {}  # a resumed run keeps to the same steps
 
     plain = OptimizerMonitorConfig(interval="1ba", log_optimizer_metrics=False)
     metrics = OptimizerMonitor(plain, Duration(10, "ba")).after_step(record(1), trainer)

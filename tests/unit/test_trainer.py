@@ -9,8 +9,11 @@ import pytest
 import torch
 from tiny_run import TinyLoader, TinyModel, assert_same, make_trainer, moments, weights
 
+from mosaicbert.config.sections import OptimizerMonitorConfig
+from mosaicbert.duration import Duration
 from mosaicbert.errors import ConfigError, DataError, TrainingError
 from mosaicbert.run import print_result
+from mosaicbert.train.monitors import OptimizerMonitor
 
 
 def test_trains_evaluates_and_reports():
@@ -342,6 +345,19 @@ def test_a_signal_tells_whether_a_checkpoint_will_be(tmp_path, monkeypatch, capl
     (line,) = [r.message for r in caplog.records if r.message.startswith("SIGTERM")]
     assert said in line
     assert bool(list(tmp_path.glob("x/ep*"))) == ("with a checkpoint" in line)
+
+
+def test_optimizer_norms_come_at_the_same_steps_after_a_resume(tmp_path):
+    def run(**changes):
+        config = OptimizerMonitorConfig(interval="5ba")
+        monitor = OptimizerMonitor(config, Duration.parse("12ba"))
+        trainer, recorder = make_trainer(
+            monitors=[monitor], save_folder=str(tmp_path), autoresume=True, **changes
+        )
+        trainer.fit()
+        return list(recorder.values("l2_norm/grad/global"))
+
+    assert run(max_duration="7ba") + run(max_duration="12ba") == [5, 10]
 
 
 def test_a_relative_max_duration_is_refused():

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -238,6 +239,14 @@ class OptimizerMonitor:
         self.interval = Duration.parse(config.interval, "callbacks.optimizer_monitor.interval")
         self.total = total
         self._last = Progress()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know to keep to this one's steps."""
+        return {"last": asdict(self._last)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self._last = Progress(**state["last"])
 
     def after_step(self, record: StepRecord, trainer: "Trainer") -> dict[str, float]:
         """Norms, at the interval; one wait for the device for all of them."""
