@@ -211,7 +211,9 @@ def _loggers(
     folder = _run_folder(config)
     values = config.model_dump(mode="json", by_alias=True)
     loggers = build_loggers(config.loggers, folder, config.run_name, values, ranks.rank)
-    batches = train_loader.steps_in_epoch(0)
+    batches, limit = train_loader.steps_in_epoch(0), config.train_subset_num_batches
+    if limit is not None and limit >= 0:
+        batches = min(batches, limit)
     console = build_console(config, total, rank=ranks.rank, batches_per_epoch=batches)
     return loggers if console is None else [*loggers, console]
 

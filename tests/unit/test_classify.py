@@ -102,6 +102,18 @@ def test_the_end_is_saved_unless_told_otherwise(tmp_path, monkeypatch):
     assert result.checkpoint.endswith("-ba4")
 
 
+def test_the_share_that_the_console_shows_is_of_the_batches_there_will_be(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path)
+    keys = {"train_subset_num_batches": 2, "max_duration": "2ep", "log_to_console": True}
+    classify(YAML | keys)
+    shown = [line.split()[:3] for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    shares = [words[2] for words in shown if words[0] == "ba"]
+    assert shares == ["25%", "50%", "75%", "100%"]
+
+
 def test_errors_come_most_confident_first(tmp_path, monkeypatch):
     texts = ["text 0", "text 1", "text 2"]
     examples = Examples(texts, texts, np.array([1, 1, 0]), ("no", "yes"), "classification")
