@@ -197,7 +197,7 @@ def train(
         return trainer.fit()
     finally:
         trainer.backward.release()
-        if ranks.is_first:
+        if ranks.is_first and trainer.has_started:
             report_at_end(_run_folder(config))
 
 

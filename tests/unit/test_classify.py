@@ -114,6 +114,18 @@ def test_the_share_that_the_console_shows_is_of_the_batches_there_will_be(
     assert shares == ["25%", "50%", "75%", "100%"]
 
 
+def test_a_run_that_is_refused_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path)
+    keys = {"save_folder": "ck", "run_folder": "run"}
+    classify(YAML | keys)
+    (tmp_path / "run/report.html").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match="another run's checkpoints"):
+        classify(YAML | keys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_errors_come_most_confident_first(tmp_path, monkeypatch):
     texts = ["text 0", "text 1", "text 2"]
     examples = Examples(texts, texts, np.array([1, 1, 0]), ("no", "yes"), "classification")

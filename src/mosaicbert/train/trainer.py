@@ -82,6 +82,7 @@ class Trainer:
         self.best = best
         self.signals = StopSignals(self.saving.leaves)
         self.progress = Progress()
+        self.has_started = False
         self.batches_per_epoch: int | None = None
         self.metrics: dict[str, float] = {}
         """The last evaluation."""
@@ -114,6 +115,7 @@ class Trainer:
                 self.saving.follow(self.best)
             self._clock.start(self.progress.seconds)
             self._start_loggers()
+            self.has_started = True
             self.model.train()
             if self.saving.owes_evaluation:
                 self.evaluate()
