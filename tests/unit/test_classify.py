@@ -100,6 +100,7 @@ def test_the_end_is_saved_unless_told_otherwise(tmp_path, monkeypatch):
     assert result.checkpoint.endswith("ep1-ba3")
     result = classify(YAML | keys | {"autoresume": True})
     assert result.checkpoint.endswith("-ba4")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_share_that_the_console_shows_is_of_the_batches_there_will_be(

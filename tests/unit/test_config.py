@@ -40,6 +40,20 @@ def test_yamls_of_ours_and_the_originals_load_and_dump_and_load_again(schema, pa
     assert load_config(schema, again) == config
 
 
+@pytest.mark.parametrize(
+    ("schema", "name"), [(PretrainConfig, "main"), (ClassifyConfig, "sequence_classification")]
+)
+def test_a_run_without_a_folder_can_be_asked_for(schema, name):
+    config = load_config(schema, ROOT / f"yamls/test/{name}.yaml", ["run_folder=null"])
+    assert config.run_folder is None
+    assert load_config(schema, config.model_dump(mode="json", by_alias=True)) == config
+
+
+def test_glue_has_no_run_without_a_folder():
+    with pytest.raises(ConfigError, match="run_folder: None is not allowed: must be a string"):
+        load_config(GlueConfig, ROOT / "yamls/test/glue.yaml", ["run_folder=null"])
+
+
 def test_a_task_without_settings_is_a_task():
     config = load_config(GlueConfig, ROOT / "tests/golden/original/glue.yaml")
     assert list(config.tasks) == ["mnli", "rte", "qqp", "cola"]

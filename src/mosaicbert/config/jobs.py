@@ -73,7 +73,7 @@ class TrainerConfig(Strict):
     python_log_level: str | None = None
     """Level of Python's logging: debug, info, warning, error."""
     run_folder: str | None = "runs/{run_name}"
-    """Folder of the run's own files: metrics, configuration, report."""
+    """Folder of the run's own files: metrics, configuration, report. `null`: none are written."""
     save_folder: str | None = None
     """Folder or URI for checkpoints; none are written without."""
     save_interval: TimeString = "1ep"

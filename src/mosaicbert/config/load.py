@@ -21,6 +21,8 @@ Schema = TypeVar("Schema", bound=BaseModel)
 _REFERENCE = re.compile(r"\$\{\s*([A-Za-z_]\w*)")
 _FREE_FORM = {"model_config", "trainer_kwargs", "loggers"}
 """Sections whose null values mean something; elsewhere null is 'not given'."""
+_MAY_BE_NULL = {"run_folder"}
+"""Keys whose null means none, not the default."""
 _OWN_KEY = {"pretrain": "mlm_probability", "classify": "class_weights", "glue": "tasks"}
 """A key that only one job's schema has."""
 _SIGNS = {
@@ -154,7 +156,7 @@ def _dot_list(overrides: Sequence[str]) -> DictConfig:
 def _without_nulls(values: Any) -> Any:
     """Leave out null values: in the original's templates they mean 'not given'.
 
-    A task of GLUE without settings (`rte:`) is null too, and stays.
+    A task of GLUE without settings (`rte:`) is null too, and stays; so do `_MAY_BE_NULL`.
     """
     if not isinstance(values, dict):
         return values
@@ -164,7 +166,7 @@ def _without_nulls(values: Any) -> Any:
     return {
         key: value if key in _FREE_FORM else _without_nulls(value)
         for key, value in values.items()
-        if value is not None
+        if value is not None or key in _MAY_BE_NULL
     }
 
 
