@@ -10,7 +10,13 @@ from torch.nn import functional as F
 
 from mosaicbert.batch import IGNORE_INDEX, Batch, LossOutput
 from mosaicbert.errors import ConfigError
-from mosaicbert.train.metrics import MaskedLM, Regression, classification_metric, regression_metric
+from mosaicbert.train.metrics import (
+    MaskedLM,
+    Regression,
+    classification_metric,
+    multilabel_metric,
+    regression_metric,
+)
 
 
 def batch_of(labels):
@@ -84,6 +90,17 @@ def test_token_classification():
     result = feed(classification_metric()(), logits, labels)
     hits = (logits.argmax(-1) == labels)[:, :3]
     assert result["accuracy"] == pytest.approx(float(hits.float().mean()))
+
+
+@pytest.mark.parametrize("found", [0, 3])
+def test_multi_label_of_one_label_scores_as_the_same_column_twice(found):
+    names = ("f1", "macro_f1", "micro_f1", "precision", "recall", "accuracy")
+    labels, logits = torch.zeros(10, 1), torch.full((10, 1), -1.0)
+    labels[:2], logits[:found] = 1, 1
+    once = feed(multilabel_metric(names)(), logits, labels)
+    twice = feed(multilabel_metric(names)(), logits.repeat(1, 2), labels.repeat(1, 2))
+    assert once == pytest.approx(twice)
+    assert once["macro_f1"] == pytest.approx(0.8 if found else 0)
 
 
 def test_multi_label():

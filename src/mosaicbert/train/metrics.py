@@ -80,7 +80,13 @@ over classes; `mcc` is Matthews' correlation."""
 def _score(name: str, labels: Array, predictions: Array, num_labels: int) -> float:
     from sklearn import metrics as sk  # here, as it takes two seconds that pre-training can spare
 
-    average = "binary" if num_labels == 2 and labels.ndim == 1 else "macro"
+    average, micro, macro = "macro", "micro", "macro"
+    classes: range | None = range(num_labels)
+    if labels.ndim == 2 and num_labels == 1:  # a column of one is binary data to scikit-learn
+        labels, predictions, classes = labels[:, 0], predictions[:, 0], None
+        average = micro = macro = "binary"
+    elif labels.ndim == 1 and num_labels == 2:
+        average = "binary"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # one class only: the scores say so
         match name:
@@ -91,11 +97,10 @@ def _score(name: str, labels: Array, predictions: Array, num_labels: int) -> flo
             case "f1":
                 score = sk.f1_score(labels, predictions, average=average, zero_division=0)
             case "micro_f1":
-                score = sk.f1_score(labels, predictions, average="micro", zero_division=0)
+                score = sk.f1_score(labels, predictions, average=micro, zero_division=0)
             case "macro_f1":
-                classes = range(num_labels)
                 score = sk.f1_score(
-                    labels, predictions, labels=classes, average="macro", zero_division=0
+                    labels, predictions, labels=classes, average=macro, zero_division=0
                 )
             case "precision":
                 score = sk.precision_score(labels, predictions, average=average, zero_division=0)
