@@ -271,6 +271,7 @@ def test_mistakes(folder, tmp_path):
     fails(ConfigError, "--text and --keep name columns", source=tmp_path / "empty.txt", keep=["a"])
     fails(ConfigError, "one column, or two", text=["a", "b", "c"])
     fails(ConfigError, r"must end in one of \.jsonl", out=tmp_path / "out.xls")
+    fails(ConfigError, "s3://b/out.csv is not on this machine", out="s3://b/out.csv")
     fails(ConfigError, "is the input", out=source)
     fails(ConfigError, "a column of that name already", keep=["label"])
     fails(ConfigError, "8 tokens are the least", max_seq_len=0)

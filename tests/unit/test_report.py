@@ -242,6 +242,13 @@ def test_the_command_writes_page_and_pictures(tmp_path, capsys):
     assert "(1 PNG)" in capsys.readouterr().out
 
 
+def test_the_page_is_written_on_this_machine_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(write_run(tmp_path / "run")), "--out", "s3://b/a.html"]) == 2
+    assert "--out s3://b/a.html is not on this machine" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     folders = [write_run(tmp_path / name, name="same") for name in ("one", "two")]
     runs = [read_run(str(folder)) for folder in [*folders, write_run(tmp_path / "x", name="other")]]

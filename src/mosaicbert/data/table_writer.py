@@ -18,8 +18,11 @@ SUFFIXES = (".jsonl", ".csv", ".parquet")
 Write = Callable[[Table], None]
 
 
-def check_output(path: Path) -> None:
+def check_output(output: str | Path) -> None:
     """Raise `ConfigError` where no table can be written."""
+    if "://" in str(output):
+        raise ConfigError(f"{output} is not on this machine. Write to a local file and copy it.")
+    path = Path(output)
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{path}: the name must end in one of {', '.join(SUFFIXES)}.")
     if path.is_dir():

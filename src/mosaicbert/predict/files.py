@@ -64,7 +64,7 @@ def predict_file(
         raise ConfigError(f"--text {' '.join(text)}: name one column, or two for pairs.")
     if num_workers is not None and num_workers < 1:
         raise ConfigError(f"--num_workers {num_workers} is not a number of processes.")
-    check_output(Path(output))
+    check_output(output)
     if Path(output).resolve() == Path(source).resolve():
         raise ConfigError(f"--output {output} is the input: it would be replaced. Name another.")
     parts = _parts(source, text, keep)

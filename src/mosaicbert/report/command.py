@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from mosaicbert.errors import DataError
+from mosaicbert.errors import ConfigError, DataError
 from mosaicbert.report.charts import charts_of
 from mosaicbert.report.page import build_page
 from mosaicbert.report.runs import read_run
@@ -30,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
         help="HTML file (default: report.html in the run folder; here for several)",
     )
     parser.add_argument("--title", help="heading (default: the run's name)")
@@ -39,8 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Write the page and the pictures; say where."""
+    if args.out and "://" in args.out:
+        raise ConfigError(
+            f"--out {args.out} is not on this machine. Write to a local file and copy it."
+        )
     alone = len(args.runs) == 1 and "://" not in args.runs[0]
-    out = args.out or (Path(args.runs[0]) / NAME if alone else Path(NAME))
+    out = Path(args.out) if args.out else (Path(args.runs[0]) / NAME if alone else Path(NAME))
     written = write_report(args.runs, out, title=args.title, png=not args.no_png)
     print(f"Written: {written[0]}")
     if len(written) > 1:
