@@ -2,6 +2,8 @@
 
 import csv
 import json
+from datetime import date
+from decimal import Decimal
 
 import pyarrow.parquet as pq
 import pytest
@@ -58,6 +60,34 @@ def test_parquet(tmp_path):
 def test_parquet_keeps_its_types(tmp_path):
     with pytest.raises(DataError, match="changes its type"):
         write(tmp_path / "a.parquet", [{"a": 1}, {"a": 2}, {"a": "x"}])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [3, 3, 2.75, 4],
+        [None, None, "late", None],
+        [[], [], ["toxic"], []],
+        [None, None, [[0.5]], []],
+        [0.5, 0.25, None, 2],
+        [{"a": None}, {"a": None}, {"a": 1}, None],
+        [Decimal("1.5"), None, Decimal("1234.125"), Decimal("0.1")],
+        [date(2026, 1, 2), None, date(2026, 1, 3), None],
+        [None, None, None, None],
+    ],
+)
+def test_parquet_alters_no_value(tmp_path, values):
+    rows = [{"id": i, "kept": value} for i, value in enumerate(values)]
+    write(tmp_path / "a.parquet", rows)
+    assert pq.read_table(tmp_path / "a.parquet").to_pylist() == rows
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
+
+
+@pytest.mark.parametrize("values", [[2**53 + 1, 1, 0.5], [0.5, 1.5, 2**53 + 1], [1, 1, 2**70]])
+def test_what_parquet_would_alter_is_told(tmp_path, values):
+    with pytest.raises(DataError, match=r"Write \.jsonl"):
+        write(tmp_path / "a.parquet", [{"a": value} for value in values])
     assert list(tmp_path.iterdir()) == []
 
 

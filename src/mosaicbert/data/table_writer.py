@@ -34,11 +34,11 @@ def open_table(path: Path) -> Iterator[Write]:
     """Gives a function that appends a part; the file gets its name when all went well.
 
     JSONL: one object a row; what JSON does not know, such as a date, as text. CSV: lists as JSON,
-    None as an empty cell. Parquet: the types of the first part.
+    None as an empty cell. Parquet: the narrowest types that hold a column's values as they are.
 
     Raises:
         ConfigError: the kind of file is not known by its name.
-        DataError: it cannot be written, or a column changes its type (parquet).
+        DataError: it cannot be written, or a column mixes types (parquet).
     """
     check_output(path)
     part = path.with_name(f".{path.name}.part")
@@ -97,17 +97,40 @@ def _parquet(path: Path) -> Iterator[Write]:
     def write(table: Table) -> None:
         nonlocal writer
         try:
-            schema = writer.schema if writer else None
-            part = pa.Table.from_pydict(table, schema=schema)
-            writer = writer or pq.ParquetWriter(path, part.schema)
-            writer.write_table(part)
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            part = pa.Table.from_pydict(table)
+            before = writer.schema if writer else part.schema
+            schema = pa.unify_schemas([before, part.schema], promote_options="permissive")
+            if writer and not schema.equals(before):  # rare: such as a column's first value
+                writer.close()
+                writer = _widened(path, schema)
+            writer = writer or pq.ParquetWriter(path, schema)
+            writer.write_table(part.cast(schema))
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
             raise DataError(
                 f"A column changes its type, which parquet does not allow ({error}). Write .jsonl."
             ) from error
+        except OverflowError as error:
+            raise DataError(f"A number is too large for parquet: {error}. Write .jsonl.") from error
 
     try:
         yield write
     finally:
         if writer is not None:
             writer.close()
+
+
+def _widened(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """The file's rows anew, in wider types; a writer to go on with."""
+    narrow = path.with_name(path.name + ".narrow")
+    os.replace(path, narrow)
+    writer = pq.ParquetWriter(path, schema)
+    try:
+        with pq.ParquetFile(narrow) as file:
+            for batch in file.iter_batches():
+                writer.write_table(pa.Table.from_batches([batch]).cast(schema))
+    except BaseException:
+        writer.close()
+        raise
+    finally:
+        narrow.unlink()
+    return writer
