@@ -154,6 +154,20 @@ def test_tags(folder, tmp_path, monkeypatch, architecture):
     assert rows[0]["probabilities"] == pytest.approx(p[first].max(-1).values.tolist(), abs=2e-5)
 
 
+def test_tags_of_text_are_those_of_its_words(folder):
+    """Also where only the normalizer parts them, as it does Chinese characters."""
+    predictor = load_predictor(folder("hf_bert", "tags"))
+    words = [
+        ["我", "在", "北", "京", "，", "as", "Zoë", ",", "Zoe\u0308", "한국어", "x\u200by", "🎉ok"],
+        ["\u200b"],
+        ["un" * 60, "."],
+        ["end"] * 100,
+    ]
+    texts = ["我在北京，as Zoë, Zoe\u0308 한국어 x\u200by 🎉ok", "\u200b", "un" * 60 + "."]
+    predictor.tokenizer(texts, truncation=True, max_length=8)
+    assert predictor.columns([*texts, "end " * 100]) == predictor.columns(words)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_embeddings(folder, tmp_path, monkeypatch, architecture):
     write_jsonl(tmp_path / "in.jsonl", text=TEXTS)

@@ -1,6 +1,7 @@
 """A checkpoint ready to predict: its model, its tokenizer, and the columns it makes of texts."""
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -140,13 +141,7 @@ def _numbers(predictor: Predictor, texts: list[str], pairs: list[str] | None) ->
 
 
 def _tags(predictor: Predictor, texts: list[Any], _: list[str] | None) -> Table:
-    backend = predictor.tokenizer.backend_tokenizer
-    words = []
-    for text in texts:
-        if isinstance(text, str):  # cut as the tokenizer does: at spaces and punctuation
-            split = backend.pre_tokenizer.pre_tokenize_str(text)
-            text = [text[start:end] for _, (start, end) in split]
-        words.append(text)
+    words = [_cut(predictor, text) if isinstance(text, str) else text for text in texts]
     found = batches.run_words(
         predictor.model, words, predictor.tokenizer, predictor.max_seq_len, predictor.precision
     )
@@ -156,6 +151,27 @@ def _tags(predictor: Predictor, texts: list[Any], _: list[str] | None) -> Table:
         "tags": [[names[i] for i in p.argmax(-1)] for p in found],
         "probabilities": [_rounded(p.max(-1)) for p in found],
     }
+
+
+def _cut(predictor: Predictor, text: str) -> list[str]:
+    """The words the tokenizer sees in a text: cut at spaces and punctuation, and around Chinese.
+
+    What gives no token, such as a combining accent, stays with the word it stands at.
+    """
+    backend = predictor.tokenizer.backend_tokenizer
+    backend.no_truncation()  # the last call of the tokenizer itself may have left one behind
+    backend.no_padding()
+    encoding = backend.encode(text, add_special_tokens=False)
+    spans: dict[int, tuple[int, int]] = {}
+    for word, (start, end) in zip(encoding.word_ids, encoding.offsets, strict=True):
+        if word is not None:
+            spans[word] = (spans.get(word, (start, end))[0], end)
+    starts = [*(start for start, _ in spans.values()), len(text)]
+    words = [
+        text[start:end] + "".join(re.findall(r"^\S+", text[end:after]))
+        for (start, end), after in zip(spans.values(), starts[1:], strict=True)
+    ]
+    return words or [text]
 
 
 def _embeddings(predictor: Predictor, texts: list[str], pairs: list[str] | None) -> Table:
