@@ -258,6 +258,7 @@ def test_texts_from_anywhere() -> None:
         ([], [], "one at least"),
         (["a", ("b", "c")], ["x", "y"], "1 of them pairs"),
         (["a", " "], ["x", "y"], "the text is empty in row 2"),
+        (["a", "\ud83d"], ["x", "y"], "half a character ('\\ud83d') in row 2"),
         (["a", "b"], ["x", "z"], '"z" (row 2) is not among'),
     ],
 )

@@ -269,6 +269,25 @@ def test_bad_rows_are_named_or_skipped(folder, tmp_path, monkeypatch, caplog):
     assert predict(model, tmp_path, monkeypatch)[3:5] == rows[3:5]
 
 
+@pytest.mark.parametrize("text", [["text"], ["text", "other"]])
+def test_half_a_character_is_a_bad_row(folder, tmp_path, text):
+    texts = [*TEXTS[:2], "cut \ud83d", *TEXTS[3:]]
+    write_jsonl(tmp_path / "in.jsonl", text=texts, other=TEXTS)
+    model = folder("hf_bert", "classes")
+    with pytest.raises(DataError, match=r'row 3, column "text": half a character \(.\\ud83d.\)'):
+        predict(model, tmp_path, text=text)
+    rows = predict(model, tmp_path, text=text, skip_bad_rows=True, keep=["text"])
+    assert [row["text"] for row in rows] == texts
+    assert [i for i, row in enumerate(rows) if row["label"] is None] == [2]
+    for suffix in (".csv", ".parquet"):
+        with pytest.raises(DataError, match=r"half a character \('\\ud83d'\).*Write \.jsonl"):
+            predict(model, tmp_path, suffix=suffix, skip_bad_rows=True, keep=["text"])
+    model = folder("hf_bert", "tags")
+    write_jsonl(tmp_path / "in.jsonl", text=[["a", "\ud83d"]] * 7)
+    with pytest.raises(DataError, match='row 1, column "text": half a character'):
+        predict(model, tmp_path)
+
+
 def test_mistakes(folder, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", text=TEXTS, label=TEXTS)
     model, out = folder("mosaic_bert", "classes"), tmp_path / "out.csv"

@@ -84,6 +84,11 @@ def test_parquet_alters_no_value(tmp_path, values):
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 
 
+def test_lists_of_dates_in_csv(tmp_path):
+    write(tmp_path / "a.csv", [{"a": [date(2026, 1, 2)]}])
+    assert (tmp_path / "a.csv").read_text() == 'a\n"[""2026-01-02""]"\n'
+
+
 @pytest.mark.parametrize("values", [[2**53 + 1, 1, 0.5], [0.5, 1.5, 2**53 + 1], [1, 1, 2**70]])
 def test_what_parquet_would_alter_is_told(tmp_path, values):
     with pytest.raises(DataError, match=r"Write \.jsonl"):

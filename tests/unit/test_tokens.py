@@ -76,6 +76,7 @@ def test_both_forms_are_the_same(tmp_path: Path) -> None:
         ("a.jsonl", '{"tokens": ["a", ""], "tags": ["O", "O"]}', ["row 1", "word 2"]),
         ("a.jsonl", '{"tokens": "a b", "tags": ["O"]}', ["row 1", "no list"]),
         ("a.jsonl", '{"token": ["a"], "tags": ["O"]}', ['Did you mean "token"?']),
+        ("a.jsonl", '{"tokens": ["\\ud83d"], "tags": ["O"]}', ["row 1", "half a character"]),
     ],
 )
 def test_faults_are_named(tmp_path: Path, name: str, content: str, words: list[str]) -> None:

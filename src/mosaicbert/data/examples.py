@@ -26,7 +26,7 @@ from mosaicbert.data.labels import (
     rows_text,
 )
 from mosaicbert.data.sample import classification_file
-from mosaicbert.data.tables import read_table
+from mosaicbert.data.tables import half_character, read_table
 from mosaicbert.data.tokens import TokenExamples
 from mosaicbert.errors import ConfigError, DataError
 
@@ -259,6 +259,13 @@ def _check_texts(path: str | Path, column: str, values: list[Any]) -> None:
         raise DataError(
             f'{path}, column "{column}": the text is empty in {rows_text(empty)}. Fill it in, or '
             "leave these rows out."
+        )
+
+    halves = [i for i, value in enumerate(values) if half_character(value)]
+    if halves:
+        raise DataError(
+            f'{path}, column "{column}": half a character ({half_character(values[halves[0]])}) in '
+            f"{rows_text(halves)}, as of a text that was cut. Mend it, or leave these rows out."
         )
 
 

@@ -50,6 +50,12 @@ def open_table(path: Path) -> Iterator[Write]:
         os.replace(part, path)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}.") from error
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(
+            f"{path}: a text has half a character ({half!a}), which this format cannot hold. "
+            "Write .jsonl."
+        ) from error
     finally:
         with suppress(OSError):  # gone already, or never there
             part.unlink()
@@ -59,14 +65,19 @@ def _rows(table: Table) -> Iterator[tuple[Any, ...]]:
     return zip(*table.values(), strict=True)
 
 
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
 @contextmanager
 def _jsonl(path: Path) -> Iterator[Write]:
-    with path.open("w", encoding="utf-8") as file:
+    # half a character, which UTF-8 cannot hold, becomes an escape, as JSON writes it
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
 
         def write(table: Table) -> None:
             for row in _rows(table):
                 named = dict(zip(table, row, strict=True))
-                file.write(json.dumps(named, ensure_ascii=False, default=str) + "\n")
+                file.write(_json(named) + "\n")
 
         yield write
 
@@ -84,8 +95,7 @@ def _csv_write(file: TextIO) -> Write:
         if file.tell() == 0:
             writer.writerow(table)
         for row in _rows(table):
-            cells = (json.dumps(v, ensure_ascii=False) if isinstance(v, list) else v for v in row)
-            writer.writerow(cells)
+            writer.writerow(_json(v) if isinstance(v, list) else v for v in row)
 
     return write
 

@@ -71,6 +71,18 @@ def text_lines(path: str | Path) -> Iterator[str]:
         yield from _lines(path, stream)
 
 
+def half_character(text: str) -> str | None:
+    """The first half of a surrogate pair that stands alone, as an escape; None: there is none.
+
+    JSON can hold it, UTF-8 cannot.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return ascii(text[error.start])
+    return None
+
+
 def _format_of(path: str | Path) -> str:
     name = str(path).lower().removesuffix(".gz")
     for suffix, kind in FORMATS.items():

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mosaicbert.batch import IGNORE_INDEX
 from mosaicbert.config.jobs import OwnDataConfig
-from mosaicbert.data.tables import read_table, text_lines
+from mosaicbert.data.tables import half_character, read_table, text_lines
 from mosaicbert.errors import ConfigError, DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -150,6 +150,8 @@ def _rows(path: str, config: OwnDataConfig) -> Iterator[Sentence]:
         for name, values, kinds in ((text, words, str), (label, tags, str | int)):
             if not isinstance(values, list) or not all(isinstance(v, kinds) for v in values):
                 raise DataError(f'{where}, column "{name}": {values!r:.80} is no list of words.')
+        if half := half_character(" ".join(words)):
+            raise DataError(f'{where}, column "{text}": half a character ({half}). Mend the row.')
         yield where, words, [str(tag) for tag in tags]
 
 

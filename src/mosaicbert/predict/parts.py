@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from mosaicbert.data.tables import Table
+from mosaicbert.data.tables import Table, half_character
 from mosaicbert.errors import ConfigError, DataError
 from mosaicbert.predict.predictor import Predictor, load_predictor
 
@@ -108,10 +108,17 @@ def _fault(predictor: Predictor, value: Any) -> str | None:
     """Why there is nothing to predict from."""
     if predictor.task == "token-classification" and isinstance(value, list):
         whole = bool(value) and all(isinstance(word, str) and word.strip() for word in value)
-        return None if whole else "no list of words"
+        return _half(" ".join(value)) if whole else "no list of words"
     if not isinstance(value, str):
         return "empty" if value is None else f"no text but {type(value).__name__} ({value!r:.40})"
     if not value.strip():
         return "empty"
     mask = predictor.tokenizer.mask_token
-    return f"no {mask} to fill" if predictor.task == "mlm" and mask not in value else None
+    if predictor.task == "mlm" and mask not in value:
+        return f"no {mask} to fill"
+    return _half(value)
+
+
+def _half(text: str) -> str | None:
+    half = half_character(text)
+    return half and f"half a character ({half}), as of a text that was cut"
