@@ -1,9 +1,11 @@
 """The executors' interface, on local processes: order, back-pressure, deaths, ends."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -21,6 +23,9 @@ def work(payload, report):
         raise UnpicklableError(lambda: 0)
     if payload == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if payload == "half":
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return "x" * (1 << 24)  # more than a pipe holds
     if payload == "sleep":
         Path("asleep").write_text(str(os.getpid()))
         time.sleep(60)
@@ -64,6 +69,17 @@ def test_failures_are_events_and_the_next_task_has_a_new_process():
     assert found["kill"].detail.text == "its process ended with signal 9"
     assert found["kill"].detail.error is None
     assert found["good"].detail == 4
+
+
+def test_a_process_that_dies_with_its_result_half_sent():
+    with closing(LocalProcesses(work, [{}])) as workers:
+        workers.submit("half", "half")
+        (process,) = multiprocessing.active_children()
+        process.join(30)  # nobody reads meanwhile
+        found = {}
+        while "half" not in found:
+            found |= ended(workers.wait())
+    assert found["half"].detail.text == "its process ended with signal 9"
 
 
 def test_closing_does_not_wait_for_tasks(tmp_path, monkeypatch):

@@ -139,7 +139,7 @@ def _receive(slot: _Slot) -> tuple[Any, Any]:
     try:
         kind, detail = slot.pipe.recv()
         return kind, detail
-    except (EOFError, ConnectionResetError):
+    except (EOFError, OSError):  # OSError: it died with its word half sent
         slot.process.join()
         code, slot.process = slot.process.exitcode, None
         why = f"signal {-code}" if code < 0 else f"code {code}"
