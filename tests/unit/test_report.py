@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import time
 import xml.etree.ElementTree as ElementTree
@@ -217,6 +218,21 @@ def test_ticks_enclose_the_values_and_labels_tell_them_apart(a, b):
 def test_labels_are_short_and_exact(values, expected):
     found = labels(values)
     assert [text.replace("0.0e+00", "0") for text in found] == expected
+
+
+def test_values_next_to_each_other_are_drawn():
+    value = 0.43276706790505337
+    assert len(labels(ticks(value, math.nextafter(value, 2), 5))) >= 2
+
+
+def test_each_chart_has_its_own_picture(tmp_path):
+    row = {"epoch": 0, "batch": 1, "sample": 1, "token": 1, "seconds": 1.0}
+    for name, metric in (("cpu", "peak_rss"), ("gpu", "peak_allocated_mem")):
+        folder = write_run(tmp_path / name, name=name, steps=1)
+        (folder / "metrics.jsonl").write_text(json.dumps(row | {f"memory/{metric}": 2.5}) + "\n")
+    runs = [read_run(str(tmp_path / name)) for name in ("cpu", "gpu")]
+    names = [chart.name for chart in charts_of(runs)]
+    assert len(names) == len(set(names)) == 2
 
 
 def test_svg_is_well_formed_xml(tmp_path):

@@ -43,7 +43,7 @@ SINGLE: tuple[tuple[str, str, str, bool], ...] = (
     ("throughput/device/mfu", "mfu", "Model FLOPs utilisation (MFU)", True),
     ("throughput/data_wait_share", "data-wait", "Share of time waiting for data", True),
     ("memory/peak_allocated_mem", "memory", "Peak memory of the GPU (GB)", False),
-    ("memory/peak_rss", "memory", "Peak memory of the process (GB)", False),
+    ("memory/peak_rss", "process-memory", "Peak memory of the process (GB)", False),
 )
 
 

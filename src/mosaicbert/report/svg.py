@@ -114,7 +114,7 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers whose first and last enclose `low` and `high`."""
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # no numbers lie between
         spread = abs(low) * 0.1 or 1.0
         low, high = low - spread, low + spread
     rough = (high - low) / count
