@@ -105,6 +105,16 @@ def test_mistakes_are_told():
         train_tokenizer(TEXTS, Settings(unicode_form="nfx"))
 
 
+@pytest.mark.parametrize(
+    "words", ["--max_documents -1", "--min_frequency -1", "--alphabet_size -1", "--max_documents 0"]
+)
+def test_numbers_that_cannot_be(tmp_path, capsys, words):
+    command = ["tokenizer", "train", "--input", "sample", "--out", str(tmp_path / "t")]
+    assert main([*command, *words.split()]) == 2
+    assert f"mosaicbert: {words} " in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+
+
 def test_the_command(tmp_path, capsys):
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS), "utf-8")

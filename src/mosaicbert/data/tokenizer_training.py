@@ -63,6 +63,8 @@ def train_tokenizer(
         ConfigError: the settings contradict one another.
         DataError: there is no text, or its characters alone exceed the vocabulary.
     """
+    for name in ("min_frequency", "alphabet_size"):
+        _check_positive(name, getattr(settings, name))
     special = _special_tokens(settings)
     normalizer = _normalizer(settings)
     alphabet = _alphabet(texts, normalizer, settings)
@@ -124,6 +126,11 @@ def _with_vocabulary(
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         model_max_length=512,
     )
+
+
+def _check_positive(name: str, number: int) -> None:
+    if number < 1:
+        raise ConfigError(f"--{name} {number} is too small: 1 is the least.")
 
 
 def _special_tokens(settings: Settings) -> list[str]:
@@ -225,6 +232,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Train on the files and write the tokenizer's folder."""
     check_absent(args.out)
+    if args.max_documents is not None:
+        _check_positive("max_documents", args.max_documents)
     accents = {"yes": True, "no": False, None: None}[args.strip_accents]
     settings = Settings(
         vocab_size=args.vocab_size,
