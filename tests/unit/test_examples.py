@@ -84,6 +84,8 @@ def test_regression(tmp_path: Path) -> None:
         assert train.labels.tolist() == [1.0, 2.5, 3.0]
         assert train.labels.dtype == np.float32
     fails(DataError, "2.5", "row 2", "regression", train=path)
+    named = 'if they are classes, give them names, such as "class 2.5"'
+    fails(DataError, named, train=path, task="classification")
 
 
 @pytest.mark.parametrize("value", ["bad", "", "nan", "inf", '"2,5"'])

@@ -74,7 +74,8 @@ def learn_names(cells: LabelCells, kind: Kind) -> tuple[str, ...] | None:
         decimal = next(name for name in counts if not _is_int(name))
         raise DataError(
             f"{where}: labels such as {decimal} ({rows_text([first_row[decimal]])}) are "
-            "measurements, not classes. Set data.task: regression (and no model.num_labels, or 1)."
+            "measurements, not classes. Set data.task: regression (and no model.num_labels, or 1); "
+            f'or, if they are classes, give them names, such as "class {decimal}".'
         )
     single = sorted(name for name, count in counts.items() if count == 1)
     if single:
