@@ -89,12 +89,18 @@ def test_a_section_of_trainer_kwargs_keeps_its_other_keys(tmp_path):
         ({"rt": {}}, 'Did you mean "rte"'),
         ({"rte": {"trainer_kwargs": {"max_duratoin": "1ep"}}}, "tasks.rte.trainer_kwargs"),
         ({"rte": {"trainer_kwargs": {"max_duration": "x"}}}, "must be a time string"),
+        ({"rte": {"seeds": [19, 7, 19]}}, "tasks.rte.seeds: 19 is there more than once"),
     ],
 )
 def test_mistakes_name_the_task(tmp_path, tasks, said):
     with pytest.raises(ConfigError) as caught:
         plan_jobs(make(tmp_path, tasks))
     assert said in str(caught.value)
+
+
+def test_a_default_seed_that_a_task_has_already_makes_one_job(tmp_path):
+    jobs = plan_jobs(make(tmp_path, {"sst2": {}}, default_seed=717))
+    assert [job.seed for job in jobs] == [717, 8364]
 
 
 def test_a_finished_job_is_known_again_only_if_it_is_the_same(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 from mosaicbert.config import ClassifyConfig, GlueConfig, GlueTaskConfig, check
 from mosaicbert.duration import Duration
+from mosaicbert.errors import ConfigError
 from mosaicbert.glue_suite.tasks import GlueTask, pick, pick_all
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def plan_jobs(config: GlueConfig) -> list[GlueJob]:
     jobs: list[GlueJob] = []
     for task in pick_all(config.tasks):
         settings = config.tasks[task.name]
-        for index, seed in enumerate(settings.seeds or _default_seeds(config, task)):
+        for index, seed in enumerate(_seeds(config, task)):
             start = None
             if task.starts_from_mnli:
                 mnli = [job for job in jobs if job.task == "mnli"]
@@ -69,8 +70,19 @@ def plan_jobs(config: GlueConfig) -> list[GlueJob]:
     return jobs
 
 
-def _default_seeds(config: GlueConfig, task: GlueTask) -> Sequence[int]:
-    return (config.default_seed, *task.seeds[1:])
+def _seeds(config: GlueConfig, task: GlueTask) -> list[int]:
+    """A task's seeds, each once: those of the YAML, else the default one and the table's others."""
+    seeds = config.tasks[task.name].seeds
+    if not seeds:
+        default = config.default_seed
+        return [default, *(seed for seed in task.seeds[1:] if seed != default)]
+    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+    if twice:
+        raise ConfigError(
+            f"tasks.{task.name}.seeds: {', '.join(map(str, twice))} is there more than once, but "
+            "the same seed would give the same job. Name each seed once."
+        )
+    return seeds
 
 
 def _plan_job(
