@@ -397,7 +397,7 @@ class Glue(Work):
     """The queue of fine-tuning jobs."""
 
     name = "glue"
-    files = ("kept/*/*/.part-*", "run/jobs/*/checkpoints/.part-*", "run/jobs/*/result.json")
+    files = ("kept/*/*/*/.part-*", "run/jobs/*/checkpoints/.part-*", "run/jobs/*/result.json")
 
     def words(self, folder: Path, moments: random.Random | None) -> list[str]:
         parallel = "true" if moments and moments.random() < 0.5 else "false"
@@ -412,11 +412,13 @@ class Glue(Work):
                 for path in (folder / "run/jobs").glob("*/result.json")
             )
         )
-        (newest,) = (folder / "kept").glob("task=mnli/seed=19/ep*")
+        (newest,) = (folder / "kept/g").glob("task=mnli/seed=19/ep*")
         return {
             "mean": found.get("glue"),
             "jobs": jobs,
-            "kept": sorted(str(path.relative_to(folder)) for path in (folder / "kept").glob("*/*")),
+            "kept": sorted(
+                str(path.relative_to(folder)) for path in (folder / "kept/g").glob("*/*")
+            ),
             "model": digest(newest / "model.safetensors"),
         }
 

@@ -8,11 +8,13 @@ import pytest
 from mosaicbert.config import GlueConfig, check, load_config
 from mosaicbert.errors import ConfigError
 from mosaicbert.glue_suite import jobs as glue_jobs
+from mosaicbert.glue_suite.claims import claim_folder, has_checkpoint
 from mosaicbert.glue_suite.jobs import finished_result
 from mosaicbert.glue_suite.live import LiveTable
 from mosaicbert.glue_suite.planning import longest_first, plan_jobs
 from mosaicbert.glue_suite.results import JobResult
 from mosaicbert.glue_suite.workers import jobs_that_fit, slots
+from mosaicbert.train.store import SaveFolder
 
 ROOT = Path(__file__).parents[2]
 FULL = ROOT / "yamls/finetuning/glue/mosaic-bert-base-uncased.yaml"
@@ -139,26 +141,59 @@ def test_a_job_is_another_one_if_what_it_starts_from_is(tmp_path):
     assert digest() != first
 
 
-def test_checkpoints_of_other_settings_are_not_gone_on_from(tmp_path):
-    def job_of(keep, lr):
-        kwargs = {"save_num_checkpoints_to_keep": keep}
-        tasks = {"cola": {"seeds": [1], "lr": lr, "trainer_kwargs": kwargs}}
-        return plan_jobs(make(tmp_path, tasks))[0]
+def save(job):
+    """As the job itself would: the folder claimed, a checkpoint in it."""
+    claim_folder(job)
+    folder = SaveFolder(job.config.save_folder)
+    folder.fs.pipe_file(f"{folder.root}/latest", b"ep0-ba1")
+    folder.fs.makedirs(f"{folder.root}/ep0-ba1", exist_ok=True)
+    folder.fs.pipe_file(f"{folder.root}/ep0-ba1/state.json", b"{}")
+    return folder
 
-    job = job_of(keep=0, lr=1e-5)
-    glue_jobs._claim_folder(job)
-    latest = Path(job.config.save_folder) / "latest"
-    latest.parent.mkdir()
-    latest.touch()
-    glue_jobs._claim_folder(job)
-    assert latest.exists()
-    glue_jobs._claim_folder(job_of(keep=0, lr=2e-5))
-    assert not latest.exists()
-    latest.parent.mkdir()
-    latest.touch()
+
+def cola_of(tmp_path, keep, lr, **more):
+    kwargs = {"save_num_checkpoints_to_keep": keep}
+    tasks = {"cola": {"seeds": [1], "lr": lr, "trainer_kwargs": kwargs}}
+    return plan_jobs(make(tmp_path, tasks, **more))[0]
+
+
+@pytest.mark.parametrize("where", [None, "{}/saved", "file://{}/saved", "memory://{}/saved"])
+def test_checkpoints_of_other_settings_are_not_gone_on_from(tmp_path, where):
+    more = {"save_finetune_checkpoint_folder": where and where.format(tmp_path)}
+    job = cola_of(tmp_path, 0, 1e-5, **more)
+    folder = save(job)
+    claim_folder(job)
+    assert has_checkpoint(job)
+    kept = cola_of(tmp_path, 1, 2e-5, **more)
+    claim_folder(kept)
+    assert folder.newest() is None
+    save(kept)
     with pytest.raises(ConfigError, match="of a job with other settings"):
-        glue_jobs._claim_folder(job_of(keep=1, lr=3e-5))
-    assert latest.exists()
+        claim_folder(cola_of(tmp_path, 0, 3e-5, **more))
+    glue_jobs._drop_checkpoints([job], {job.name: None})
+    assert has_checkpoint(kept)
+    assert not has_checkpoint(job)
+    glue_jobs._drop_checkpoints([kept], {kept.name: None})
+    assert has_checkpoint(kept)
+    folder.fs.rm_file(f"{folder.root}/job.json")
+    with pytest.raises(ConfigError, match="of a job with other settings"):
+        claim_folder(job)  # nobody knows whose it is
+
+
+def test_checkpoints_that_nobody_keeps_go_with_their_folders(tmp_path):
+    job = cola_of(tmp_path, 0, 1e-5, save_finetune_checkpoint_prefix=f"{tmp_path}/saved")
+    save(job)
+    glue_jobs._drop_checkpoints([job], {job.name: None})
+    assert list((tmp_path / "saved").iterdir()) == []
+
+
+def test_runs_below_one_prefix_have_folders_of_their_own(tmp_path):
+    more = {"save_finetune_checkpoint_prefix": f"{tmp_path}/saved/"}
+    folders = [
+        cola_of(tmp_path, 0, 1e-5, base_run_name=name, **more).config.save_folder
+        for name in ("a", "b")
+    ]
+    assert folders == [f"{tmp_path}/saved/{name}/task=cola/seed=1" for name in ("a", "b")]
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys):

@@ -219,9 +219,9 @@ class GlueConfig(Strict):
     local_pretrain_checkpoint_folder: str = "./local-pretrain-checkpoints/"
     """Read for compatibility; a remote starting checkpoint is copied to a temporary folder."""
     save_finetune_checkpoint_prefix: str | None = None
-    """Folder or URI for the jobs' checkpoints."""
+    """Folder or URI for the jobs' checkpoints, below which each run has a folder of its name."""
     save_finetune_checkpoint_folder: str | None = None
-    """Folder below that prefix."""
+    """In place of that prefix and name: the folder or URI that the jobs' own are in."""
     run_folder: str = "runs/{run_name}"
     """Folder of the results, metrics and logs."""
     loggers: LoggersConfig | None = None

@@ -9,7 +9,6 @@ import gc
 import json
 import logging
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from mosaicbert.config import GlueConfig, load_config
 from mosaicbert.duration import Duration, Progress
 from mosaicbert.errors import ConfigError, TrainingError
 from mosaicbert.executors import ENGINES
+from mosaicbert.glue_suite.claims import claim_folder, drop_checkpoints
 from mosaicbert.glue_suite.planning import GlueJob, longest_first, plan_jobs, run_folder
 from mosaicbert.glue_suite.queue import Job, Outcome, run_jobs
 from mosaicbert.glue_suite.results import JobResult, Results
@@ -40,7 +40,7 @@ def run_job(job: GlueJob, report: Callable[[Any], None]) -> JobResult:
     from mosaicbert.glue_suite.data import load_task
 
     task = pick(job.task)
-    _claim_folder(job)
+    claim_folder(job)
     ranks = run.start(job.config)
     try:
         result = finetune(
@@ -88,28 +88,6 @@ class _Reporter:
 
     def close(self) -> None:
         """Nothing is held back."""
-
-
-def _claim_folder(job: GlueJob) -> None:
-    """See to it that the job goes on from checkpoints of its own only.
-
-    Those of a job with other settings are removed, unless they were to be kept.
-
-    Raises:
-        ConfigError: there are such that were to be kept.
-    """
-    note, folder = job.folder / "digest.txt", Path(job.config.save_folder or "")
-    is_same = note.is_file() and note.read_text().strip() == job.digest
-    if not is_same and (folder / "latest").is_file():  # a store's folder is not looked into
-        if job.keep_checkpoint:
-            raise ConfigError(
-                f"{folder} holds the checkpoint of a job with other settings. Remove it, or give "
-                "this run another base_run_name."
-            )
-        log.info("The settings are others than before: %s is removed.", folder)
-        shutil.rmtree(folder)
-    job.folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(job.digest + "\n")
 
 
 def _result_file(job: GlueJob) -> Path:
@@ -210,20 +188,8 @@ def _drop_checkpoints(jobs: Sequence[GlueJob], done: Mapping[str, Any]) -> None:
     """Remove the checkpoints of finished jobs that nobody keeps or still starts from."""
     needed = {job.after for job in jobs if job.name not in done}
     for job in jobs:
-        folder = job.config.save_folder
-        if job.keep_checkpoint or job.name not in done or job.name in needed or folder is None:
-            continue
-        if "://" in folder:
-            import fsspec
-
-            store, path = fsspec.url_to_fs(folder)
-            if store.exists(path):
-                store.rm(path, recursive=True)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            for parent in list(Path(folder).parents)[:2]:  # the task's, and the prefix
-                if parent.is_dir() and not any(parent.iterdir()):
-                    parent.rmdir()
+        if not job.keep_checkpoint and job.name in done and job.name not in needed:
+            drop_checkpoints(job)
 
 
 def failure_text(failed: Sequence[Outcome]) -> str:

@@ -163,10 +163,12 @@ def _newest(path: str | None) -> str | None:
 
 def _save_folder(config: GlueConfig, task: GlueTask, seed: int, folder: Path) -> str:
     """Where a job's checkpoints go: as configured, else into its own folder."""
-    parts = [config.save_finetune_checkpoint_folder or config.save_finetune_checkpoint_prefix]
-    if parts[0] is None:
+    root, prefix = config.save_finetune_checkpoint_folder, config.save_finetune_checkpoint_prefix
+    if root is None and prefix is not None:
+        root = f"{prefix.rstrip('/')}/{config.base_run_name}"
+    if root is None:
         return str(folder / "checkpoints")
-    return "/".join([parts[0].rstrip("/"), f"task={task.name}", f"seed={seed}"])
+    return f"{root.rstrip('/')}/task={task.name}/seed={seed}"
 
 
 def run_folder(config: GlueConfig) -> Path:

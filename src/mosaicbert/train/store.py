@@ -100,8 +100,19 @@ class SaveFolder:
         return names[-1] if names else None
 
     def _latest(self) -> str:
-        content = self._talk("read", lambda: self.fs.cat_file(f"{self.root}/{LATEST}"))
+        return self.read_note(LATEST)
+
+    def read_note(self, name: str) -> str:
+        """A small text beside the checkpoints; empty where there is none."""
+        content = self._talk("read", lambda: self.fs.cat_file(f"{self.root}/{name}"))
         return str((content or b"").decode(errors="replace")).strip()
+
+    def write_note(self, name: str, text: str) -> None:
+        """Write a small text beside the checkpoints, in one go."""
+        with self._saying_what_fails():
+            if self.is_local:
+                Path(self.root).mkdir(parents=True, exist_ok=True)
+            self._put(name, text)
 
     def _point_to(self, name: str) -> None:
         """Let `latest` name a checkpoint, in one go."""
@@ -119,6 +130,14 @@ class SaveFolder:
         sync_to_disk([part])
         os.replace(part, target)
         sync_to_disk([target.parent])
+
+    def clear(self) -> None:
+        """Remove the folder with all in it, the checkpoints before the notes on them."""
+        with self._saying_what_fails():
+            for name in self.names():
+                self.remove(name)
+            if self.fs.exists(self.root):
+                self.fs.rm(self.root, recursive=True)
 
     def run_of(self, name: str) -> str | None:
         """Identity of the run that wrote a checkpoint."""
