@@ -118,6 +118,22 @@ def test_a_finished_job_is_known_again_only_if_it_is_the_same(tmp_path):
         finished_result(job)
 
 
+def test_mnli_runs_again_for_a_changed_job_if_its_checkpoint_is_gone(tmp_path):
+    def plan(lr):
+        return plan_jobs(make(tmp_path, {"mnli": {}, "rte": {"seeds": [1], "lr": lr}}))
+
+    jobs = plan(1e-5)
+    save(jobs[0])
+    for job in jobs:
+        glue_jobs._write_result(job, JobResult(job.task, job.seed, {}, 1.5, 10))
+    assert set(glue_jobs._done_before(plan(2e-5))) == {"mnli-19"}
+    glue_jobs._drop_checkpoints(jobs, {job.name: None for job in jobs})
+    assert set(glue_jobs._done_before(jobs)) == {"mnli-19", "rte-1"}
+    assert glue_jobs._done_before(plan(2e-5)) == {}
+    save(jobs[0])  # half-way, and cut off there
+    assert glue_jobs._done_before(plan(2e-5)) == {}
+
+
 def test_a_job_is_another_one_if_what_it_starts_from_is(tmp_path):
     def digests(**mnli):
         found = plan_jobs(make(tmp_path, {"mnli": mnli, "rte": {"seeds": [1]}, "cola": {}}))

@@ -20,7 +20,7 @@ from mosaicbert.config import GlueConfig, load_config
 from mosaicbert.duration import Duration, Progress
 from mosaicbert.errors import ConfigError, TrainingError
 from mosaicbert.executors import ENGINES
-from mosaicbert.glue_suite.claims import claim_folder, drop_checkpoints
+from mosaicbert.glue_suite.claims import claim_folder, drop_checkpoints, has_checkpoint
 from mosaicbert.glue_suite.planning import GlueJob, longest_first, plan_jobs, run_folder
 from mosaicbert.glue_suite.queue import Job, Outcome, run_jobs
 from mosaicbert.glue_suite.results import JobResult, Results
@@ -143,7 +143,7 @@ def _glue(
 
     jobs = plan_jobs(config)
     _check_start(config.starting_checkpoint_load_path)
-    done = {job.name: result for job in jobs if (result := finished_result(job)) is not None}
+    done = _done_before(jobs)
     if done:
         log.info("%d of %d jobs were finished before and are not run again.", len(done), len(jobs))
     left = [job for job in jobs if job.name not in done]
@@ -160,6 +160,22 @@ def _glue(
     results.write(run_folder(config), published=published)
     report_at_end(run_folder(config))
     return results, [outcome for outcome in outcomes if outcome.error is not None]
+
+
+def _done_before(jobs: Sequence[GlueJob]) -> dict[str, JobResult]:
+    """The results of finished jobs, by name.
+
+    One from which a job that is left starts counts only while its checkpoint is there: without, its
+    result is removed, so that it runs again.
+    """
+    done = {job.name: result for job in jobs if (result := finished_result(job)) is not None}
+    needed = {job.after for job in jobs if job.name not in done}
+    for job in jobs:
+        if job.name in needed and job.name in done and not has_checkpoint(job):
+            log.info("%s runs again: others start from its checkpoint, which is gone.", job.name)
+            _result_file(job).unlink()
+            del done[job.name]
+    return done
 
 
 def _check_start(path: str | None) -> None:
