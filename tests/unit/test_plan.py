@@ -10,6 +10,7 @@ from mosaicbert import run
 from mosaicbert.cli import main
 from mosaicbert.config import (
     ClassifyConfig,
+    GlueConfig,
     ModelConfig,
     PretrainConfig,
     TrainerConfig,
@@ -19,9 +20,11 @@ from mosaicbert.config import (
 from mosaicbert.data.examples import sample_examples
 from mosaicbert.duration import Progress
 from mosaicbert.errors import ConfigError
+from mosaicbert.glue_suite.planning import plan_jobs
 from mosaicbert.models.build import build_model
 from mosaicbert.plan import read_plan
 from mosaicbert.plan.command import measured
+from mosaicbert.plan.glue import _queue_seconds
 from mosaicbert.plan.machine import machine_of
 from mosaicbert.plan.probe import Probe, probe_job
 from mosaicbert.train.distributed import Ranks
@@ -182,6 +185,21 @@ def test_glue_sums_its_jobs(capsys):
     text = capsys.readouterr().out.splitlines()
     assert any(line.split()[:2] == ["rte", "2"] for line in text)
     assert all(len(line) <= 80 for line in text)
+
+
+def test_jobs_of_glue_that_wait_for_mnli_do_so_in_the_plan():
+    jobs = plan_jobs(load_config(GlueConfig, GLUE))  # MNLI, and two of RTE
+    plans = {"mnli": {"seconds": 10.0, "evaluation_seconds": 2.0}, "rte": {"seconds": 3.0}}
+    assert [_queue_seconds(jobs, plans, slots) for slots in (1, 2, 8)] == [18, 15, 15]
+
+    probes = dict.fromkeys(("mnli", "rte"), probe())
+    found, alone = (
+        read_plan(GLUE, ["parallel=true"], gpu="h100", gpus=gpus, price=3600, probes=probes)
+        for gpus in (8, 1)
+    )
+    whole = found["seconds"] + found["evaluation_seconds"]
+    assert alone["cost"] / 3 < whole < alone["cost"]
+    assert found["cost"] == pytest.approx(8 * whole)
 
 
 def test_glue_of_the_hub_is_planned_without_fetching_it():

@@ -1,11 +1,14 @@
 """The plan of a GLUE run: each task as a training job, and all of them together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mosaicbert.config import GlueConfig
+from mosaicbert.executors import Event
 from mosaicbert.glue_suite.data import load_task
-from mosaicbert.glue_suite.planning import GlueJob, plan_jobs
+from mosaicbert.glue_suite.planning import GlueJob, longest_first, plan_jobs
+from mosaicbert.glue_suite.queue import Job, run_jobs
 from mosaicbert.glue_suite.tasks import pick
 from mosaicbert.plan.estimate import estimate
 from mosaicbert.plan.jobs import TrainingJob, finetuning_job
@@ -27,7 +30,7 @@ def glue_plan(
 ) -> dict[str, Any]:
     """The largest task's memory, the work and time of all jobs, and a row for each task.
 
-    Time is that of one job after another; several on a GPU are faster by what nobody knows before.
+    Time is that of the queue with a job a GPU; several are faster by what nobody knows before.
     """
     jobs: dict[str, list[GlueJob]] = {}
     for job in plan_jobs(config):
@@ -62,12 +65,54 @@ def glue_plan(
             "start_seconds": 2 * starts[-1] + starts[0] * (found["jobs"] / slots - 2),
         }
     if "seconds" in found:
-        found["seconds"] /= slots
-        found["evaluation_seconds"] = found.get("evaluation_seconds", 0.0) / slots
+        evaluation = found.get("evaluation_seconds", 0.0)
+        whole = _queue_seconds([job for of_task in jobs.values() for job in of_task], plans, slots)
+        share = evaluation / (found["seconds"] + evaluation or 1.0)
+        found["seconds"], found["evaluation_seconds"] = whole * (1 - share), whole * share
         if price is not None:
-            whole = found["seconds"] + found["evaluation_seconds"]
             found["cost"] = whole / 3600 * price * slots
     return found
+
+
+class _Clock:
+    """An executor that does nothing but tell the time: each job takes what its task's plan says."""
+
+    def __init__(self, num_slots: int, seconds: Mapping[str, float]) -> None:
+        self.num_free = num_slots
+        self.now = 0.0
+        self._seconds = seconds
+        self._ends: dict[str, float] = {}
+
+    def submit(self, key: str, payload: GlueJob, log_file: Path | None = None) -> None:
+        self.num_free -= 1
+        self._ends[key] = self.now + self._seconds[payload.task]
+
+    def wait(self) -> list[Event]:
+        key = min(self._ends, key=self._ends.__getitem__)
+        self.now = self._ends.pop(key)
+        self.num_free += 1
+        return [Event(key, "done")]
+
+    def retire(self, key: str) -> bool:
+        return False
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+def _queue_seconds(
+    jobs: Sequence[GlueJob], plans: Mapping[str, Mapping[str, Any]], slots: int
+) -> float:
+    """From the first job's start to the last one's end, with the order and waits of a real run."""
+    rows = {task: plan.get("data", {}).get("samples", 0) for task, plan in plans.items()}
+    clock = _Clock(
+        slots,
+        {task: p["seconds"] + p.get("evaluation_seconds", 0.0) for task, p in plans.items()},
+    )
+    order = longest_first(jobs, rows)
+    queue = [Job(job.name, job, job.folder, job.after) for job in order]
+    run_jobs(queue, clock, lambda *_: None)
+    return clock.now
 
 
 def _job(job: GlueJob, config: GlueConfig) -> TrainingJob:
