@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -354,8 +353,8 @@ def print_folds(results: Sequence[TrainResult]) -> None:
     width = max(map(len, results[0].metrics))
     print(f"{len(results)} folds: mean and standard deviation")
     for name in sorted(results[0].metrics):
-        values = [result.metrics[name] for result in results]
-        print(f"  {name:<{width}}  {statistics.fmean(values):.4f}  {statistics.stdev(values):.4f}")
+        values = torch.tensor([result.metrics[name] for result in results], dtype=torch.float64)
+        print(f"  {name:<{width}}  {values.mean():.4f}  {values.std():.4f}")
 
 
 def command(words: Sequence[str], build_data: DataHook) -> int:

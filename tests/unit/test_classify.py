@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 
 import numpy as np
@@ -11,11 +12,13 @@ from tiny_run import ALONE
 from mosaicbert.config import ClassifyConfig, check
 from mosaicbert.data.examples import Examples
 from mosaicbert.data.tokens import TokenExamples
+from mosaicbert.duration import Progress
 from mosaicbert.errors import CheckpointError, ConfigError
-from mosaicbert.finetuning import KINDS, classify, read_data
+from mosaicbert.finetuning import KINDS, classify, print_folds, read_data
 from mosaicbert.models.heads import PROBLEM_TYPES
 from mosaicbert.models.register import TASKS
 from mosaicbert.predict import review
+from mosaicbert.train.record import TrainResult
 
 YAML = {
     "max_seq_len": 16,
@@ -43,6 +46,13 @@ def test_kinds_name_what_models_know():
     assert {kind.problem_type for kind in KINDS.values()} == {None, *PROBLEM_TYPES}
     for name, kind in KINDS.items():
         assert kind.metric(kind.scores, *(["O", "B-X"],) * (name == "token_classification"))
+
+
+def test_a_fold_without_a_score_does_not_keep_the_others_from_being_shown(capsys):
+    scores = ({"a": 0.25, "b": 0.5}, {"a": 0.75, "b": math.nan})
+    print_folds([TrainResult(Progress(), 1.0, found, None, 1.0, 1.0) for found in scores])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines == [["a", "0.5000", "0.3536"], ["b", "nan", "nan"]]
 
 
 def test_folds_validate_on_every_row_once(tmp_path, monkeypatch):

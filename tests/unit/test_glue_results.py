@@ -36,6 +36,16 @@ def all_tasks() -> list[JobResult]:
     ]
 
 
+def test_a_score_that_is_no_number_makes_none_of_its_task() -> None:
+    results = Results([RTE[0], job("rte", 20, accuracy=math.nan)])
+    (score,) = results.scores()
+    assert math.isnan(score.mean)
+    assert score.std is not None
+    assert math.isnan(score.std)
+    assert results.to_dict()["scores"][0]["std"] is None
+    assert "rte" in results.table()
+
+
 def test_means_and_deviations() -> None:
     results = Results([STSB, *RTE, MNLI])
     found = {(s.task, s.metric): s for s in results.scores()}

@@ -85,7 +85,7 @@ class Score:
     task: str
     metric: str
     mean: float
-    std: float | None  # over seeds, of a sample (n - 1); None for one seed
+    std: float | None  # over seeds, of a sample (n - 1); None for one seed, NaN as the mean
     n: int
     counts: bool  # in the mean of the task
 
@@ -116,7 +116,7 @@ class Results:
             jobs = [job for job in self.jobs if job.task == task.name]
             for metric, (key, counts) in metric_keys(task).items():
                 values = [100 * job.metrics.get(key, math.nan) for job in jobs]
-                std = statistics.stdev(values) if len(values) > 1 else None
+                std = _deviation(values) if len(values) > 1 else None
                 mean = statistics.fmean(values)
                 found.append(Score(task.name, metric, mean, std, len(values), counts))
         return found
@@ -242,6 +242,11 @@ class Results:
         axes.set_title("GLUE: means of the tasks; a point a seed")
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, format="png", dpi=150)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Standard deviation of a sample; NaN where a value is none that is finite."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def job_mean(job: JobResult) -> float:
