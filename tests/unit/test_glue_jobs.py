@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from mosaicbert.config import GlueConfig, check, load_config
+from mosaicbert.duration import Progress
 from mosaicbert.errors import ConfigError
 from mosaicbert.glue_suite import jobs as glue_jobs
 from mosaicbert.glue_suite.claims import claim_folder, has_checkpoint
@@ -91,6 +92,8 @@ def test_a_section_of_trainer_kwargs_keeps_its_other_keys(tmp_path):
         ({"rt": {}}, 'Did you mean "rte"'),
         ({"rte": {"trainer_kwargs": {"max_duratoin": "1ep"}}}, "tasks.rte.trainer_kwargs"),
         ({"rte": {"trainer_kwargs": {"max_duration": "x"}}}, "must be a time string"),
+        ({"rte": {"trainer_kwargs": {"metrics": ["f1"]}}}, "kwargs.metrics: GLUE has its own"),
+        ({"rte": {"trainer_kwargs": {"data": {"train": "x"}}}}, "kwargs.data: GLUE has its own"),
         ({"rte": {"seeds": [19, 7, 19]}}, "tasks.rte.seeds: 19 is there more than once"),
     ],
 )
@@ -224,6 +227,14 @@ def test_plain_lines_where_there_is_no_terminal(capsys):
     assert lines[1].startswith("done  cola-5  mcc 0.500")
     assert lines[2].startswith("failed  cola-5  no such file")
     assert len(lines) == 3
+
+
+def test_progress_counts_in_parts_of_an_epoch(tmp_path):
+    (job,) = plan_jobs(make(tmp_path, {"mnli": {}}))
+    told = []
+    reporter = glue_jobs._Reporter(job.config, 10 * 48 - 7, told.append)
+    reporter.log({}, Progress(epoch=1, batch=15, batch_in_epoch=5))
+    assert told == [{"done": 0.5, "metrics": {}}]
 
 
 def test_only_a_checkpoint_that_is_used_again_is_saved_at_the_end(tmp_path):

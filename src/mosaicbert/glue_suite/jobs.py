@@ -8,6 +8,7 @@ import argparse
 import gc
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from mosaicbert.config import GlueConfig, load_config
+from mosaicbert.config import ClassifyConfig, GlueConfig, load_config
 from mosaicbert.duration import Duration, Progress
 from mosaicbert.errors import ConfigError, TrainingError
 from mosaicbert.executors import ENGINES
@@ -40,17 +41,18 @@ def run_job(job: GlueJob, report: Callable[[Any], None]) -> JobResult:
     from mosaicbert.glue_suite.data import load_task
 
     task = pick(job.task)
+    train = load_task(task, job.data_dir, "train")
     claim_folder(job)
     ranks = run.start(job.config)
     try:
         result = finetune(
             job.config,
-            load_task(task, job.data_dir, "train"),
+            train,
             {n: load_task(task, job.data_dir, split) for n, split in task.evaluations.items()},
             ranks=ranks,
             metrics=(*task.metrics, *task.extra_metrics),
             new_head=job.after is not None,
-            more_loggers=[_Reporter(job, report)],
+            more_loggers=[_Reporter(job.config, len(train), report)],
         )
     finally:
         if ranks.device.type == "cuda":  # others on this GPU can use it between two jobs
@@ -70,10 +72,12 @@ def run_job(job: GlueJob, report: Callable[[Any], None]) -> JobResult:
 class _Reporter:
     """A logger that tells the parent how far the job is, at most twice a second."""
 
-    def __init__(self, job: GlueJob, report: Callable[[Any], None]) -> None:
+    def __init__(
+        self, config: ClassifyConfig, num_samples: int, report: Callable[[Any], None]
+    ) -> None:
         self._report = report
-        self._total = Duration.parse(job.config.max_duration)
-        self._batches_per_epoch: int | None = None
+        self._total = Duration.parse(config.max_duration)
+        self._batches_per_epoch = math.ceil(num_samples / config.global_train_batch_size)
         self._told = 0.0
         self._metrics: dict[str, float] = {}
 

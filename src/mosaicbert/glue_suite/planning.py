@@ -134,6 +134,12 @@ def _plan_job(
         "eval_loader": {"split": "validation"},
     }
     wished = dict(settings.trainer_kwargs)
+    where = f"tasks.{task.name}.trainer_kwargs"
+    for section in ("data", "metrics"):
+        if section in wished:
+            raise ConfigError(
+                f"{where}.{section}: GLUE has its own {section} for each task. Leave the key out."
+            )
     for section in ("train_loader", "eval_loader", "optimizer", "scheduler"):
         if isinstance(wished.get(section), dict):  # some keys of it; the others stay
             wished[section] = values[section] | wished[section]
@@ -141,7 +147,6 @@ def _plan_job(
     if not keep:
         wished.pop("save_num_checkpoints_to_keep", None)
     values |= {"save_at_end": keep or starts_others} | wished
-    where = f"tasks.{task.name}.trainer_kwargs"
     job_config = check(ClassifyConfig, {k: v for k, v in values.items() if v is not None}, where)
     return GlueJob(
         task.name,
