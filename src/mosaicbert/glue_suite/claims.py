@@ -47,14 +47,19 @@ def claim_folder(job: GlueJob) -> None:
 def has_checkpoint(job: GlueJob) -> bool:
     """Whether the job's save folder holds a checkpoint of its own."""
     folder = _folder(job)
-    return folder is not None and _is_owner(job, folder) and folder.newest() is not None
+    if folder is None or _owner(folder).get("digest") != job.digest:
+        return False
+    return folder.newest() is not None
 
 
 def drop_checkpoints(job: GlueJob) -> None:
     """Remove the job's save folder, unless another job has it by now."""
     folder = _folder(job)
-    if folder is None or not _is_owner(job, folder):
+    if folder is None:
         return
+    owner = _owner(folder)
+    if owner.get("digest") != job.digest and (owner or folder.newest() is not None):
+        return  # without both it is what a kill left of a removal
     folder.clear()
     if folder.is_local:
         for parent in list(Path(folder.root).parents)[:2]:  # the task's, and the run's
@@ -67,10 +72,6 @@ def _folder(job: GlueJob) -> "SaveFolder | None":
 
     path = job.config.save_folder
     return SaveFolder(path.replace("{run_name}", job.config.run_name)) if path else None
-
-
-def _is_owner(job: GlueJob, folder: "SaveFolder") -> bool:
-    return bool(_owner(folder).get("digest") == job.digest)
 
 
 def _owner(folder: "SaveFolder") -> dict[str, Any]:
