@@ -87,6 +87,8 @@ def test_main_recipe_has_the_published_values():
         ("mlm_probability=a", "'a' is not allowed: must be a number or a list, such as [a]"),
         ("optimizer=5", "optimizer: 5 is not allowed: must be a section of keys"),
         ("optimizer.lr=-1", "optimizer.lr: -1 is not allowed: must be greater than 0"),
+        ("optimizer.betas=[0.9,1.0]", "betas.1: 1.0 is not allowed: must be less than 1"),
+        ("save_num_checkpoints_to_keep=-5", "-5 is not allowed: must be greater than or equal to"),
         ("foo=1", "foo: unknown key. Allowed here: run_name, seed"),
         ("eval_subset_num_batches=-2", "-2 is not allowed: must be greater than 0 or -1"),
         ("eval_subset_num_batches=0", "0 is not allowed: must be greater than 0 or -1"),

@@ -80,7 +80,7 @@ class TrainerConfig(Strict):
     """How often to save."""
     save_at_end: bool = True
     """Save the end of a run, too."""
-    save_num_checkpoints_to_keep: int = -1
+    save_num_checkpoints_to_keep: int = Field(default=-1, ge=-1)
     """How many checkpoints stay; -1 keeps all."""
     save_overwrite: bool = False
     """Allow a save folder that holds another run's checkpoints."""

@@ -45,6 +45,7 @@ RunName = Annotated[str, AfterValidator(_check_run_name)]
 """A run's name: part of paths, so it must not lead out of the folders it is put into."""
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]  # as NumPy takes it
 
 
@@ -209,7 +210,7 @@ class OptimizerConfig(Strict):
     """`decoupled_adamw` scales the decay by lr/initial_lr; `muon` is for hidden matrices."""
     lr: float = Field(default=5e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Decay, Decay] = (0.9, 0.98)
     """Decay of the two moments."""
     eps: float = Field(default=1e-6, gt=0)
     """Added to the denominator."""
