@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -431,3 +432,9 @@ def test_a_resumed_run_judges_as_the_uninterrupted_one(tmp_path):
     again, weights_again = run("30ba", tmp_path / "cut", autoresume=True)
     assert again == judged
     assert_same(weights_again, trained)
+
+
+def test_a_run_that_keeps_nothing_says_so(caplog):
+    with caplog.at_level(logging.INFO):
+        make_trainer(max_duration="1ba", scheduler={"t_warmup": "1ba"})[0].fit()
+    assert "save_folder is not set: no checkpoints are written." in caplog.text

@@ -240,6 +240,7 @@ class Saving:
     def _open(self, run_id: str | None) -> None:
         keep = self.config.save_num_checkpoints_to_keep
         if self.config.save_folder is None:
+            log.info("save_folder is not set: no checkpoints are written.")
             return
         if keep == 0:
             log.info("save_num_checkpoints_to_keep: 0: no checkpoints are written.")
